@@ -1,0 +1,62 @@
+"""Small parts of a transformer block: adaptive layer norm, feed-forward, drop-path.
+
+Adaptive layer norm follows DiT and VAR (arXiv 2404.02905, section 3.2): every sub-layer f computes
+x + gamma * f(norm(x) * (1 + scale) + shift), where gamma, scale and shift depend on the class of the image only.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+class Modulation(NamedTuple):
+    """Gate, scale and shift of S sub-layers, each (B, S, 1, C)."""
+
+    gamma: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def from_flat(cls, flat: Tensor, num_sublayers: int) -> "Modulation":
+        """(B, 3 * S * C) in the released order, all gammas, then all scales, then all shifts -> three times (B, S, 1, C)."""
+        return cls(*flat.unflatten(-1, (3, num_sublayers, 1, -1)).unbind(1))
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Layer norm without affine, then x * (1 + scale) + shift; x (B, L, C), scale and shift (B, 1, C)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
+
+
+def modulation_projection(width: int, num_chunks: int) -> nn.Sequential:
+    """Class embedding (B, C) -> (B, num_chunks * C)."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, num_chunks * width))
+
+
+class FeedForward(nn.Module):
+    """(B, L, C) -> (B, L, C) through a hidden layer of ratio * C with tanh-GELU."""
+
+    def __init__(self, width: int, ratio: float):
+        super().__init__()
+        self.fc1 = nn.Linear(width, round(width * ratio))
+        self.fc2 = nn.Linear(round(width * ratio), width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DropPath(nn.Module):
+    """Drop a sub-layer for whole samples with probability `rate` while training; the rest is scaled by 1 / (1 - rate)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * keep / (1 - self.rate)

@@ -1,0 +1,167 @@
+"""Mamba-2 over the flattened token pyramid, in plain PyTorch (Mamba-2: arXiv 2405.21060; in M-VAR: arXiv 2411.10433, section 3.3).
+
+The recurrence over tokens t, for every head with its scalar decay a_t = exp(dt_t * A),
+
+    h_t = a_t * h_{t-1} + dt_t * x_t B_t^T,      y_t = h_t C_t + D * x_t,
+
+is computed in chunks of at most 64 tokens: matrix products inside a chunk, and the state h (head_dim x state_dim per head)
+handed from chunk to chunk (arXiv 2405.21060, section 6). Convolution and state run straight across the borders of scales. The
+state goes in and comes out, so generation scale by scale is the same computation cut into pieces.
+
+Parameters are named and shaped as in mamba_ssm's Mamba2 with ngroups = 1.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+MAX_CHUNK = 64
+NORM_EPS = 1e-5
+DT_RANGE = (1e-3, 1e-1)  # initial step sizes, log-uniform (Mamba-2's own initialisation)
+DT_FLOOR = 1e-4
+A_RANGE = (1.0, 16.0)  # initial decay rates, uniform
+
+
+class MambaState(NamedTuple):
+    """What the next token needs of all earlier ones; its size does not depend on how many there were."""
+
+    conv: Tensor  # (B, d_conv - 1, conv_dim), the last inputs of the convolution
+    ssm: Tensor  # (B, heads, head_dim, state_dim), at least float32
+
+
+def chunked_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, max_chunk: int = MAX_CHUNK
+) -> tuple[Tensor, Tensor]:
+    """The recurrence above without D, in matrix form.
+
+    x (batch, L, H, P); dt (batch, L, H) > 0; A (H,) < 0; B, C (batch, L, N); state (batch, H, P, N).
+    Returns y (batch, L, H, P) in x's dtype and the state after the last token. Steps, decays, C B^T and states are computed in
+    float32 at least. Decays are exponentials of differences of cumulative sums, never quotients of exponentials, so they
+    cannot overflow; and the difference is cut at 0 before the exponential, so the unused half cannot either.
+    """
+    length = x.shape[1]
+    num_chunks = math.ceil(length / max_chunk)
+    chunk = math.ceil(length / num_chunks)
+    padding = num_chunks * chunk - length
+    if padding:  # dt = 0 neither decays nor writes the state
+        x, dt = F.pad(x, (0, 0, 0, 0, 0, padding)), F.pad(dt, (0, 0, 0, padding))
+        B, C = F.pad(B, (0, 0, 0, padding)), F.pad(C, (0, 0, 0, padding))
+
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # (batch, n, H, Q, ...): chunk and head in front, so that everything below is a batched matrix product
+    dt = dt.to(wide).unflatten(1, (num_chunks, chunk)).transpose(2, 3)  # (batch, n, H, Q)
+    xdt = x.unflatten(1, (num_chunks, chunk)).transpose(2, 3).to(wide) * dt.unsqueeze(-1)  # (batch, n, H, Q, P)
+    B = B.to(wide).unflatten(1, (num_chunks, chunk))  # (batch, n, Q, N)
+    C = C.to(wide).unflatten(1, (num_chunks, chunk))  # (batch, n, Q, N)
+    decay = (dt * A.to(wide).view(-1, 1)).cumsum(-1)  # (batch, n, H, Q), log decay from the chunk's start
+
+    # inside the chunks: y_i = sum over j <= i of (C_i . B_j) exp(decay_i - decay_j) dt_j x_j
+    between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).clamp(max=0).exp().tril()  # (batch, n, H, Q, Q)
+    weights = (C @ B.transpose(-1, -2)).unsqueeze(2) * between  # (batch, n, H, Q, Q)
+    y = (weights.to(x.dtype) @ xdt.to(x.dtype)).to(wide)  # (batch, n, H, Q, P)
+
+    # across chunks: what each chunk adds to the state, then the state handed on
+    to_end = (decay[..., -1:] - decay).exp()  # (batch, n, H, Q)
+    added = (xdt * to_end.unsqueeze(-1)).transpose(-1, -2) @ B.unsqueeze(2)  # (batch, n, H, P, N)
+    kept = decay[..., -1].exp()[..., None, None]  # (batch, n, H, 1, 1)
+    state = state.to(wide)
+    incoming = []
+    for n in range(num_chunks):
+        incoming.append(state)
+        state = torch.addcmul(added[:, n], kept[:, n], state)
+    from_state = C.unsqueeze(2) @ torch.stack(incoming, dim=1).transpose(-1, -2)  # (batch, n, H, Q, P)
+    y = torch.addcmul(y, decay.exp().unsqueeze(-1), from_state)
+
+    y = y.transpose(2, 3).flatten(1, 2)[:, :length]  # (batch, L, H, P)
+    return y.to(x.dtype), state
+
+
+def causal_conv(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution along the tokens: x (B, L, D), the d_conv - 1 inputs before it as tail (B, d_conv - 1, D).
+
+    weight (D, 1, d_conv), bias (D,). Returns y (B, L, D) and the new tail. Written as d_conv shifted products: no change of
+    layout, and faster on a CPU than a depthwise convolution.
+    """
+    length, taps = x.shape[1], weight.shape[-1]
+    x = torch.cat([tail.to(x.dtype), x], dim=1)
+    y = bias.to(x.dtype)
+    for i in range(taps):
+        y = y + x[:, i : i + length] * weight[:, 0, i].to(x.dtype)
+    return y, x[:, length:]
+
+
+class GatedRMSNorm(nn.Module):
+    """RMS norm of y * silu(z) over the last dimension, with a weight; statistics in float32 at least."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        wide = torch.promote_types(y.dtype, torch.float32)
+        gated = y.to(wide) * F.silu(z.to(wide))
+        return (F.rms_norm(gated, gated.shape[-1:], self.weight.to(wide), NORM_EPS)).to(y.dtype)
+
+
+class Mamba2(nn.Module):
+    """Mamba-2 mixer: x (B, L_of_scales, C), scales -> (B, L_of_scales, C), state."""
+
+    def __init__(self, width: int, state_dim: int = 64, d_conv: int = 4, expand: int = 2, head_dim: int = 64):
+        super().__init__()
+        inner = expand * width
+        if inner % head_dim:
+            raise ValueError(f"width {width} times {expand} is no multiple of the Mamba head size {head_dim}")
+        self.inner, self.state_dim, self.head_dim, self.heads = inner, state_dim, head_dim, inner // head_dim
+        conv_dim = inner + 2 * state_dim  # x, B and C pass through the convolution
+        self.in_proj = nn.Linear(width, inner + conv_dim + self.heads, bias=False)  # z, xBC, dt
+        self.conv1d = nn.Conv1d(conv_dim, conv_dim, d_conv, groups=conv_dim)  # holds the parameters; see causal_conv
+        self.dt_bias = nn.Parameter(torch.zeros(self.heads))
+        self.A_log = nn.Parameter(torch.zeros(self.heads))
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = GatedRMSNorm(inner)
+        self.out_proj = nn.Linear(inner, width, bias=False)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Mamba-2's own initialisation of the step sizes, the decays, D and the norm; projections are the caller's."""
+        low, high = map(math.log, DT_RANGE)
+        steps = torch.empty_like(self.dt_bias).uniform_(low, high, generator=generator).exp_().clamp_(min=DT_FLOOR)
+        with torch.no_grad():
+            self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # inverse of softplus
+            self.A_log.uniform_(*A_RANGE, generator=generator).log_()
+            self.D.fill_(1)
+            self.norm.weight.fill_(1)
+
+    def init_state(self, batch: int) -> MambaState:
+        weight = self.conv1d.weight
+        conv = weight.new_zeros(batch, weight.shape[-1] - 1, weight.shape[0])
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return MambaState(
+            conv, weight.new_zeros(batch, self.heads, self.head_dim, self.state_dim, dtype=wide)
+        )
+
+    def forward(self, x: Tensor, scales: range, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        """x (B, L_of_scales, C); state: after the tokens before x, None at the first. `scales` does not matter here."""
+        state = self.init_state(x.shape[0]) if state is None else state
+        # One parameter as two products: its height (7868 at depth 30) is no multiple of 8, that of the large part is.
+        weight = self.in_proj.weight
+        zxBC, dt = F.linear(x, weight[: -self.heads]), F.linear(x, weight[-self.heads :])
+        # Only inputs and output of _mix are kept for the backward pass; the rest, over half of the block, is recomputed.
+        y, conv, ssm = checkpoint(self._mix, zxBC, dt, *state, use_reentrant=False, preserve_rng_state=False)
+        return self.out_proj(y), MambaState(conv, ssm)
+
+    def _mix(self, zxBC: Tensor, dt: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolution, scan and gated norm: (B, L, inner + conv_dim), (B, L, H), state -> (B, L, inner), state."""
+        with torch.autocast(zxBC.device.type, enabled=False):
+            wide = torch.promote_types(zxBC.dtype, torch.float32)
+            z, xBC = zxBC.split([self.inner, zxBC.shape[-1] - self.inner], dim=-1)
+            xBC, conv = causal_conv(xBC, conv, self.conv1d.weight, self.conv1d.bias)
+            x, B, C = F.silu(xBC).split([self.inner, self.state_dim, self.state_dim], dim=-1)
+            x = x.unflatten(-1, (self.heads, self.head_dim))  # (B, L, H, P)
+            dt = F.softplus(dt.to(wide) + self.dt_bias)  # (B, L, H)
+            y, ssm = chunked_scan(x, dt, -self.A_log.exp(), B, C, ssm)
+            y = y + x * self.D.to(x.dtype).view(-1, 1)
+            return self.norm(y.flatten(2), z), conv, ssm

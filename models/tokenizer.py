@@ -1,0 +1,140 @@
+"""The multi-scale VQVAE: images <-> token pyramid (VAR, arXiv 2404.02905, section 3.2).
+
+Perceptual and adversarial losses are deliberately absent; the module only encodes, quantizes and decodes.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.autoencoder import Decoder, Encoder
+from models.pyramid import STANDARD_SIDES, Pyramid
+from models.quantizer import MultiScaleQuantizer
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Everything that decides the shapes of a tokenizer. The defaults are the released one (vae_ch160v4096z32).
+
+    sides: token-map sizes, coarse to fine; the last one times 2 ** (levels - 1) is the image size in pixels.
+    channels: width of the first convolution level, a multiple of 32; multipliers: width of each level over it.
+    num_blocks: residual blocks per level of the encoder (the decoder has one more).
+    num_codes, code_dim: codebook size V and vector width.
+    num_phi: phi convolutions shared over the scales; 0 gives each scale its own.
+    normalize_lookup: choose codes by cosine instead of distance.
+    """
+
+    sides: tuple[int | tuple[int, int], ...] = STANDARD_SIDES[256]
+    channels: int = 160
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_blocks: int = 2
+    num_codes: int = 4096
+    code_dim: int = 32
+    num_phi: int = 4
+    normalize_lookup: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "sides", Pyramid(self.sides).sides)
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        if self.channels % 32:
+            raise ValueError(f"channels={self.channels}: group norm needs a multiple of 32")
+        if not self.multipliers:
+            raise ValueError("multipliers=(): give at least one level, such as (1, 2, 4)")
+        if self.num_phi < 0:
+            raise ValueError(f"num_phi={self.num_phi}: give 0 (one per scale) or the number of shared ones")
+
+    @property
+    def pyramid(self) -> Pyramid:
+        return Pyramid(self.sides)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per token of the finest map, along each side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        height, width = self.pyramid.shapes[-1]
+        return height * self.downsampling, width * self.downsampling
+
+
+TOKENIZER_PRESETS = {
+    "f16-256": TokenizerConfig(),
+    "f16-512": TokenizerConfig(sides=STANDARD_SIDES[512]),
+    "f8-64": TokenizerConfig(
+        sides=STANDARD_SIDES[64], channels=64, multipliers=(1, 2, 2, 4), num_blocks=1, num_codes=1024, code_dim=16
+    ),
+    "f8-32": TokenizerConfig(
+        sides=STANDARD_SIDES[32], channels=32, multipliers=(1, 2, 2, 4), num_blocks=1, num_codes=512, code_dim=16
+    ),
+}
+
+
+class Reconstruction(NamedTuple):
+    """What training needs of one pass."""
+
+    images: Tensor  # (B, 3, H, W), not clamped
+    indices: list[Tensor]  # K x (B, h_k * w_k)
+    vq_loss: Tensor  # scalar
+
+
+class VQVAE(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] <-> K LongTensors (B, h_k * w_k) of code indices."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = config
+        self.pyramid = config.pyramid
+        convolutions = (config.channels, config.multipliers, config.num_blocks, config.code_dim)
+        self.encoder = Encoder(*convolutions)
+        self.decoder = Decoder(*convolutions)
+        self.quantizer = MultiScaleQuantizer(
+            self.pyramid, config.num_codes, config.code_dim, config.num_phi, config.normalize_lookup
+        )
+        self.before_quantizer = nn.Conv2d(config.code_dim, config.code_dim, 3, padding=1)
+        self.after_quantizer = nn.Conv2d(config.code_dim, config.code_dim, 3, padding=1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> continuous features (B, code_dim, h_K, w_K). ValueError for another image size."""
+        if tuple(images.shape[2:]) != self.config.image_shape:
+            raise ValueError(
+                f"images of {images.shape[2]}x{images.shape[3]} px do not fit the pyramid {self.pyramid} of this "
+                f"/{self.config.downsampling} tokenizer: give {self.config.image_shape[0]}x{self.config.image_shape[1]} px"
+            )
+        return self.before_quantizer(self.encoder(images))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> K LongTensors (B, h_k * w_k)."""
+        return self.quantizer.encode(self.features(images))
+
+    @torch.no_grad()
+    def decode_features(self, f_hat: Tensor) -> Tensor:
+        """Features (B, code_dim, h, w) -> images (B, 3, f*h, f*w) clamped to [-1, 1]."""
+        return self.decoder(self.after_quantizer(f_hat)).clamp(-1, 1)
+
+    def decode(self, indices: list[Tensor]) -> Tensor:
+        """K index tensors (B, h_k * w_k) -> images (B, 3, H, W) in [-1, 1]."""
+        *_, f_hat = self.quantizer.partial_sums(indices)
+        return self.decode_features(f_hat)
+
+    def decode_progressive(self, indices: list[Tensor]) -> list[Tensor]:
+        """K images (B, 3, H, W) in [-1, 1], the k-th from the first k scales."""
+        return [self.decode_features(f_hat) for f_hat in self.quantizer.partial_sums(indices)]
+
+    def decode_growing(self, indices: list[Tensor]) -> list[Tensor]:
+        """K images in [-1, 1], the k-th from the first k scales at its own size (B, 3, f*h_k, f*w_k)."""
+        return [self.decode_features(f_hat) for f_hat in self.quantizer.native_sums(indices)]
+
+    def teacher_inputs(self, indices: list[Tensor]) -> Tensor:
+        """Transformer inputs of scales 2..K for teacher forcing: (B, L - h_1 * w_1, code_dim), float32."""
+        return self.quantizer.teacher_inputs(indices)
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """Images (B, 3, H, W) in [-1, 1] -> reconstruction with gradients and the VQ loss, for training."""
+        quantized = self.quantizer(self.features(images))
+        images = self.decoder(self.after_quantizer(quantized.features))
+        return Reconstruction(images, quantized.indices, quantized.loss)

@@ -1,0 +1,334 @@
+"""One transformer over a token pyramid, with exchangeable mixers (VAR, M-VAR, Markov MVAR and the last two together).
+
+A block is a tuple of mixers and a feed-forward, each modulated by the class of the image. The four kinds of block differ in
+their mixers only:
+
+    var           attention over all scales so far                          VAR, arXiv 2404.02905
+    mvar          attention inside the scale, then Mamba-2 across scales    M-VAR, arXiv 2411.10433
+    markov        attention inside the scale, windows on the large scales   Markov MVAR, arXiv 2505.12742
+    markov-mamba  attention as in markov, then Mamba-2                      ours: cost linear in tokens
+
+Training, evaluation and generation are one computation, `ScaleTransformer.advance`, called with all scales at once or with one
+scale at a time and the state of those before it. The transformer knows nothing of images: it takes code vectors and gives logits.
+
+Letters: B images, L tokens, C width, V codes, S sub-layers of a block.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import Attention, AttentionState
+from models.layers import DropPath, FeedForward, Modulation, modulate, modulation_projection
+from models.pyramid import STANDARD_SIDES, Pyramid
+from models.ssm import Mamba2, MambaState
+
+FAMILIES = ("mvar", "var", "markov", "markov-mamba")
+COMBINATION_WINDOW_FROM = 13  # markov-mamba windows every scale of this side or more, or its cost would not be linear
+
+# The published models; arguments of build_transformer beside the family.
+PRESETS = {
+    **{f"d{depth}": {"depth": depth, "pixels": 256} for depth in (12, 16, 20, 24, 30, 32, 36)},
+    "d36-s": {"depth": 36, "pixels": 512, "shared_modulation": True},
+}
+
+BlockState = tuple[AttentionState | MambaState | None, ...]  # one entry per mixer
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Everything that decides the computation of a transformer.
+
+    sides: token-map sizes, coarse to fine. blocks: the kind of every block, one of FAMILIES; its length is the depth.
+    width: C; heads: of the attention. num_classes: labels 0 .. num_classes - 1, and num_classes itself means "no class".
+    num_codes, code_dim: of the tokenizer. ffn_ratio: hidden width of the feed-forward over C.
+    normalize_attention: L2-normalised queries and keys. shared_modulation: one projection for all blocks plus an offset each.
+    window: side of the neighbourhood in markov kinds; window_from: it limits scales of at least this side, None: the last two.
+    drop_path: rate of the last block; it grows linearly from 0 at the first.
+    """
+
+    sides: tuple[int | tuple[int, int], ...]
+    blocks: tuple[str, ...]
+    width: int
+    heads: int
+    num_classes: int = 1000
+    num_codes: int = 4096
+    code_dim: int = 32
+    ffn_ratio: float = 4.0
+    normalize_attention: bool = True
+    shared_modulation: bool = False
+    window: int = 7
+    window_from: int | None = None
+    drop_path: float = 0.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "sides", Pyramid(self.sides).sides)
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        unknown = sorted(set(self.blocks) - set(FAMILIES))
+        if unknown or not self.blocks:
+            raise ValueError(f"block kinds {unknown or '()'}: every block is one of {', '.join(FAMILIES)}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        if self.window < 1 or self.window % 2 == 0:
+            raise ValueError(f"window={self.window}: give an odd number, such as 7")
+        if self.shared_modulation and len({num_sublayers(kind) for kind in self.blocks}) > 1:
+            raise ValueError("shared_modulation needs blocks of one size: do not mix kinds with and without Mamba")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path={self.drop_path}: give a rate from 0 up to 1")
+
+    @property
+    def pyramid(self) -> Pyramid:
+        return Pyramid(self.sides)
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def windowed_scales(self) -> tuple[int, ...]:
+        """Scales on which the markov kinds limit attention to the window."""
+        scales = self.pyramid.scales
+        if self.window_from is None:
+            return tuple(scales[-2:])
+        return tuple(k for k in scales if max(self.pyramid.shapes[k]) >= self.window_from)
+
+
+def num_sublayers(kind: str) -> int:
+    """Modulated parts of a block: its mixers and the feed-forward."""
+    return 3 if kind in ("mvar", "markov-mamba") else 2
+
+
+class Conditioning(NamedTuple):
+    """All that depends on the class alone: computed once per batch, whatever the number of scales."""
+
+    start: Tensor  # (B, h_1 * w_1, C), input of the first scale
+    blocks: tuple[Modulation, ...]
+    head_scale: Tensor  # (B, 1, C)
+    head_shift: Tensor  # (B, 1, C)
+
+
+class Block(nn.Module):
+    """Mixers and feed-forward with a residual around each: x (B, L_of_scales, C) -> the same shape, and the next state."""
+
+    def __init__(self, config: TransformerConfig, index: int):
+        super().__init__()
+        kind = config.blocks[index]
+        attention = Attention(
+            config.width,
+            config.heads,
+            config.pyramid,
+            history=kind == "var",
+            normalize=config.normalize_attention,
+            window=config.window,
+            windowed_scales=config.windowed_scales if kind in ("markov", "markov-mamba") else (),
+        )
+        mamba = [Mamba2(config.width)] if kind in ("mvar", "markov-mamba") else []
+        self.mixers = nn.ModuleList([attention, *mamba])
+        self.ffn = FeedForward(config.width, config.ffn_ratio)
+        self.drop_path = DropPath(config.drop_path * index / max(config.depth - 1, 1))
+        self.num_sublayers = num_sublayers(kind)
+        if config.shared_modulation:
+            self.modulation_offset = nn.Parameter(torch.zeros(3 * self.num_sublayers * config.width))
+        else:
+            self.modulation = modulation_projection(config.width, 3 * self.num_sublayers)
+
+    def init_state(self, batch: int) -> BlockState:
+        return tuple(mixer.init_state(batch) for mixer in self.mixers)
+
+    def forward(
+        self, x: Tensor, modulation: Modulation, scales: range, states: BlockState
+    ) -> tuple[Tensor, BlockState]:
+        gammas, scaling, shifts = (part.unbind(1) for part in modulation)  # S x (B, 1, C) each
+        next_states = []
+        for i, mixer in enumerate(self.mixers):
+            y, state = mixer(modulate(x, scaling[i], shifts[i]), scales, states[i])
+            x = x + self.drop_path(y * gammas[i])
+            next_states.append(state)
+        y = self.ffn(modulate(x, scaling[-1], shifts[-1]))
+        return x + self.drop_path(y * gammas[-1]), tuple(next_states)
+
+
+class ScaleTransformer(nn.Module):
+    """Predicts every token of a pyramid from the scales before it.
+
+    labels (B,) and the code vectors of scales 2..K, inputs (B, L - h_1 * w_1, code_dim) -> logits (B, L, V) in float32.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.pyramid = config.pyramid
+        self.class_embed = nn.Embedding(config.num_classes + 1, config.width)
+        self.code_embed = nn.Linear(config.code_dim, config.width)
+        self.start_embed = nn.Parameter(torch.zeros(1, self.pyramid.lengths[0], config.width))
+        self.position_embed = nn.Parameter(torch.zeros(1, self.pyramid.num_tokens, config.width))
+        self.scale_embed = nn.Embedding(self.pyramid.num_scales, config.width)
+        self.register_buffer("scale_ids", self.pyramid.scale_ids(), persistent=False)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
+        if config.shared_modulation:
+            self.shared_modulation = modulation_projection(config.width, 3 * self.blocks[0].num_sublayers)
+        self.head_modulation = modulation_projection(config.width, 2)
+        self.head = nn.Linear(config.width, config.num_codes)
+
+    @property
+    def unconditional(self) -> int:
+        """The label that means "no class"."""
+        return self.config.num_classes
+
+    def condition(self, labels: Tensor) -> Conditioning:
+        """labels (B,) in 0 .. num_classes -> everything that depends on them alone."""
+        embedding = self.class_embed(labels)  # (B, C)
+        if self.config.shared_modulation:
+            shared = self.shared_modulation(embedding)
+            flat = [shared + block.modulation_offset for block in self.blocks]
+        else:
+            flat = [block.modulation(embedding) for block in self.blocks]
+        blocks = tuple(
+            Modulation.from_flat(chunks, block.num_sublayers) for chunks, block in zip(flat, self.blocks, strict=True)
+        )
+        with torch.autocast(labels.device.type, enabled=False):
+            head_scale, head_shift = self.head_modulation(embedding).unsqueeze(1).chunk(2, dim=-1)
+        return Conditioning(embedding.unsqueeze(1) + self.start_embed, blocks, head_scale, head_shift)
+
+    def init_state(self, batch: int) -> tuple[BlockState, ...]:
+        """The state before the first scale."""
+        return tuple(block.init_state(batch) for block in self.blocks)
+
+    def advance(
+        self,
+        inputs: Tensor,
+        scales: range,
+        conditioning: Conditioning,
+        states: tuple[BlockState, ...] | None = None,
+    ) -> tuple[Tensor, tuple[BlockState, ...]]:
+        """Logits of consecutive scales and the state after them.
+
+        inputs: code vectors (B, n, code_dim) of these scales, without the first scale, which has none. states: after the
+        scales before these; None stands for the beginning. Returns logits (B, L_of_scales, V) float32, states.
+        """
+        if states is None:
+            states = tuple((None,) * len(block.mixers) for block in self.blocks)
+        x = self._embed(inputs, scales, conditioning)  # (B, L_of_scales, C)
+        next_states = []
+        for block, modulation, state in zip(self.blocks, conditioning.blocks, states, strict=True):
+            x, state = block(x, modulation, scales, state)
+            next_states.append(state)
+        return self._logits(x, conditioning), tuple(next_states)
+
+    def forward(self, labels: Tensor, inputs: Tensor) -> Tensor:
+        """Teacher forcing: labels (B,), inputs (B, L - h_1 * w_1, code_dim) -> logits (B, L, V) float32.
+
+        Inputs of the first few scales only give the logits of these. ValueError if they end inside a scale.
+        """
+        length = self.pyramid.lengths[0] + inputs.shape[1]
+        if length not in self.pyramid.offsets:
+            raise ValueError(
+                f"{inputs.shape[1]} inputs do not end at a scale of the pyramid {self.pyramid}: "
+                f"give {self.pyramid.num_tokens - self.pyramid.lengths[0]} for all of it"
+            )
+        scales = range(self.pyramid.offsets.index(length))
+        logits, _ = self.advance(inputs, scales, self.condition(labels))
+        return logits
+
+    def _embed(self, inputs: Tensor, scales: range, conditioning: Conditioning) -> Tensor:
+        tokens = self.pyramid.tokens(scales)
+        x = self.code_embed(inputs)  # (B, n, C), in autocast's type, which the whole stream then has
+        dtype = x.dtype
+        if scales.start == 0:
+            x = torch.cat([conditioning.start.to(dtype), x], dim=1)
+        x = x + self.scale_embed(self.scale_ids[tokens]) + self.position_embed[:, tokens]
+        return x.to(dtype)
+
+    def _logits(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            x = modulate(x.to(wide), conditioning.head_scale.to(wide), conditioning.head_shift.to(wide))
+            return F.linear(x, self.head.weight.to(wide), self.head.bias.to(wide))
+
+    @torch.no_grad()
+    def init_weights(
+        self,
+        gamma: float = 1e-5,
+        scale_shift: float = 0.5,
+        head: float = 0.02,
+        std: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Initialise everything as the released trainers do (VAR's flags in brackets).
+
+        linears, embeddings, positions   truncated normal, sqrt(1 / 3C) or `std` [ini], biases 0
+        attention proj, ffn fc2          the same / sqrt(2 * depth); Mamba's projections are not divided
+        modulation, first 2C rows        the same * gamma [alng]
+        modulation, other rows           the same * scale_shift [aln]; so the feed-forward gate of a block with Mamba starts
+                                         at scale_shift, as in the released M-VAR, whose published figures come from it
+        head                             the same * head [hd]
+        Mamba                            conv weight std 0.02, bias 0; the rest as in Mamba-2
+        """
+        width = self.config.width
+        auto = math.sqrt(1 / (3 * width))
+
+        def normal_(tensor: Tensor, deviation: float) -> Tensor:
+            return nn.init.trunc_normal_(tensor, std=deviation, generator=generator)
+
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                normal_(module.weight, auto if std is None else std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+        for parameter in (self.start_embed, self.position_embed):
+            normal_(parameter, auto)
+
+        for block in self.blocks:
+            for mixer in block.mixers:
+                if isinstance(mixer, Mamba2):
+                    mixer.init_weights(generator)
+                    normal_(mixer.conv1d.weight, 0.02)
+                    mixer.conv1d.bias.zero_()
+                else:
+                    mixer.proj.weight.div_(math.sqrt(2 * self.config.depth))
+            block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
+            if self.config.shared_modulation:
+                rows = block.modulation_offset.normal_(std=width**-0.5, generator=generator)
+            else:
+                rows = block.modulation[-1].weight
+            rows[: 2 * width].mul_(gamma)
+            rows[2 * width :].mul_(scale_shift)
+        self.head_modulation[-1].weight.mul_(scale_shift)
+        self.head.weight.mul_(head)
+
+
+def build_transformer(
+    family: str = "mvar",
+    depth: int = 16,
+    pixels: int = 256,
+    num_classes: int = 1000,
+    global_blocks: int = 0,
+    **config,
+) -> ScaleTransformer:
+    """An initialised transformer of width 64 * depth with `depth` heads, for images of `pixels` with the standard pyramid.
+
+    global_blocks: this many blocks at the beginning are of kind "var" (M-VAR, arXiv 2411.10433, figure 5).
+    config: further fields of TransformerConfig, which also override the derived ones (sides, width, heads, drop_path ...).
+    ValueError for an unknown family or size.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family {family!r}: give one of {', '.join(FAMILIES)}")
+    if not 0 <= global_blocks <= depth:
+        raise ValueError(f"global_blocks={global_blocks}: give 0 to {depth}, the depth")
+    if "sides" not in config and pixels not in STANDARD_SIDES:
+        raise ValueError(f"pixels={pixels}: give one of {sorted(STANDARD_SIDES)}, or sides=(1, 2, ...)")
+    derived = {
+        "sides": STANDARD_SIDES.get(pixels),
+        "blocks": ("var",) * global_blocks + (family,) * (depth - global_blocks),
+        "width": 64 * depth,
+        "heads": depth,
+        "window_from": COMBINATION_WINDOW_FROM if family == "markov-mamba" else None,
+        "drop_path": 0.1 * depth / 24,
+    }
+    transformer = ScaleTransformer(TransformerConfig(num_classes=num_classes, **(derived | config)))
+    transformer.init_weights()
+    return transformer

@@ -1,0 +1,1 @@
+"""What the commands need around the models: configuration, files, data, optimisation, logs and pictures."""

@@ -1,0 +1,255 @@
+"""Models and training state on disk: written aside and renamed, read strictly, never executed.
+
+Our format is a directory: model.safetensors and config.json, and for training ema.safetensors, optimizer.pt and
+train_state.json beside them. Released files are read through utils/official.py. Pickled objects are refused: .pth files load with
+weights_only=True, everything else is safetensors or JSON.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.tokenizer import VQVAE, TokenizerConfig
+from models.transformer import ScaleTransformer, TransformerConfig
+from utils import official
+from utils.config import from_dict, to_dict
+
+KINDS = {"tokenizer": (TokenizerConfig, VQVAE), "transformer": (TransformerConfig, ScaleTransformer)}
+MODEL_FILES = ("config.json", "model.safetensors")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What config.json says beside the model's own configuration.
+
+    kind: "tokenizer" or "transformer". class_names: of the labels, empty where unknown. tokenizer: where the transformer's
+    tokenizer was loaded from. training: the resolved configuration of the run that made it.
+    """
+
+    kind: str
+    class_names: list[str] = field(default_factory=list)
+    tokenizer: str | None = None
+    training: dict = field(default_factory=dict)
+
+
+# --- loading models -----------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(source: str | Path, sides: tuple | None = None) -> VQVAE:
+    """A tokenizer in eval mode, on the CPU.
+
+    source: a released .pth, a run or checkpoint directory of ours, or "owner/name[:file]" on the hub. sides: of the pyramid,
+    such as (1, 2, 3, 4); None takes what our config says, or for a released file the standard pyramid with as many scales.
+    ValueError or FileNotFoundError for anything else, with the first keys and what the file seems to be.
+    """
+    path = locate(source, wanted="tokenizer")
+    if path.is_dir():
+        config = read_model_config(path, "tokenizer")
+        config = config if sides is None else TokenizerConfig(**{**to_dict(config), "sides": sides})
+        weights = read_tensors(path / "model.safetensors")
+    else:
+        config, weights = official.tokenizer_from_official(read_tensors(path), sides, str(path))
+    return _fill(VQVAE(config), weights, path)
+
+
+def load_transformer(source: str | Path, family: str | None = None, ema: bool = True) -> ScaleTransformer:
+    """A transformer in eval mode, on the CPU; everything about it is read from the file.
+
+    source: as for `load_tokenizer`. family: "markov" tells MVAR weights from VAR's, which have the same tensors; "markov-mamba"
+    puts windows on M-VAR's. ema: of our checkpoints, load the averaged weights where there are any.
+    """
+    path = locate(source, wanted="transformer")
+    if path.is_dir():
+        config = read_model_config(path, "transformer")
+        if family is not None:
+            config = TransformerConfig(**{**to_dict(config), "blocks": (family,) * config.depth})
+        averaged = path / "ema.safetensors"
+        weights = read_tensors(averaged if ema and averaged.exists() else path / "model.safetensors")
+    else:
+        config, weights = official.transformer_from_official(read_tensors(path), family, str(path))
+    return _fill(ScaleTransformer(config), weights, path)
+
+
+def load_description(source: str | Path) -> Description | None:
+    """What the config.json of our checkpoint says beside the model; None for a released file."""
+    path = locate(source, wanted="checkpoint")
+    if not path.is_dir():
+        return None
+    values = {name: value for name, value in _read_json(path / "config.json").items() if name != "model"}
+    return from_dict(Description, values, str(path / "config.json"))
+
+
+def locate(source: str | Path, wanted: str) -> Path:
+    """The file, or the directory with model.safetensors, that a user's words mean; downloads from the hub where they name it."""
+    path = Path(source)
+    if path.is_dir():
+        if all((path / name).exists() for name in MODEL_FILES):
+            return path
+        last = latest_checkpoint(path)
+        if last is None:
+            raise FileNotFoundError(
+                f"{path}: no complete checkpoint in it: give a run directory, a checkpoint directory or a released .pth"
+            )
+        return last
+    if path.is_file():
+        return path.parent if path.name == "model.safetensors" and (path.parent / "config.json").exists() else path
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?", str(source))
+    if match is None or path.suffix in (".pth", ".pt", ".safetensors"):
+        raise FileNotFoundError(f"{source}: no such file or directory; give a {wanted} file, a directory or owner/name:file")
+    return _download(match[1], match[2], str(source))
+
+
+def _download(repository: str, filename: str | None, source: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        if filename is not None:
+            return Path(hf_hub_download(repository, filename))
+        return [Path(hf_hub_download(repository, name)) for name in MODEL_FILES][0].parent
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"{source}: neither a path here nor to be had from the hub ({reason}): check the spelling or download it yourself"
+        ) from error
+
+
+def read_tensors(path: Path) -> dict:
+    """The contents of a .safetensors or .pth file; nothing in it is executed."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, UnicodeDecodeError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path}: not a readable weights file ({reason}): give a .safetensors or a .pth of plain tensors"
+        ) from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path}: holds a {type(contents).__name__}, not a dictionary of tensors")
+    return contents
+
+
+def read_model_config(directory: Path, kind: str) -> TokenizerConfig | TransformerConfig:
+    """The model part of config.json; ValueError where it describes the other kind of model."""
+    path = directory / "config.json"
+    values = _read_json(path)
+    if values.get("kind") != kind:
+        raise ValueError(f"{path}: describes a {values.get('kind', 'model of other code')}, not a {kind}")
+    return from_dict(KINDS[kind][0], values["model"], str(path))
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> nn.Module:
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in weights]
+    unexpected = [name for name in weights if name not in expected]
+    if missing or unexpected:
+        lists = (("missing", missing), ("unexpected", unexpected))
+        parts = [f"{word} {official.first_few(names)}" for word, names in lists if names]
+        raise ValueError(f"{path}: {'; '.join(parts)}; the file seems to be {official.describe(list(weights))}")
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(expected[name].shape)}"
+            )
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A new directory to write into, renamed to `target` once everything in it is on disk; on any error it is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.parent / f".{target.name}.writing"
+    shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
+    aside.mkdir()
+    try:
+        yield aside
+        for file in aside.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def save_model(directory: Path, model: VQVAE | ScaleTransformer, description: Description) -> None:
+    """Write model.safetensors and config.json into an existing directory."""
+    write_tensors(directory / "model.safetensors", model.state_dict())
+    values = {**to_dict(description), "model": to_dict(model.config)}
+    (directory / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+
+
+# --- checkpoints of a run -----------------------------------------------------------------------------------------------
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. A directory under its final name is complete: it was renamed to it."""
+    found = [path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    found = checkpoints(run)
+    return found[-1] if found else None
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: VQVAE | ScaleTransformer,
+    description: Description,
+    training: dict,
+    optimizer_state: dict,
+    ema: dict[str, Tensor] | None = None,
+    keep: int = 2,
+) -> Path:
+    """Write checkpoints/step_N with all that training needs to go on, then remove all but the newest `keep`."""
+    target = run / "checkpoints" / f"step_{step}"
+    with written_aside(target) as directory:
+        save_model(directory, model, description)
+        if ema is not None:
+            write_tensors(directory / "ema.safetensors", ema)
+        torch.save(optimizer_state, directory / "optimizer.pt")
+        (directory / "train_state.json").write_text(json.dumps({"step": step, **training}) + "\n")
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_training(checkpoint: Path, model: nn.Module) -> tuple[dict, dict, dict[str, Tensor] | None]:
+    """Fill the model from a checkpoint of ours; returns train_state.json, the optimizer's state and the averaged weights."""
+    training = model.training
+    _fill(model, read_tensors(checkpoint / "model.safetensors"), checkpoint).train(training)
+    averaged = checkpoint / "ema.safetensors"
+    return (
+        _read_json(checkpoint / "train_state.json"),
+        read_tensors(checkpoint / "optimizer.pt"),
+        read_tensors(averaged) if averaged.exists() else None,
+    )
