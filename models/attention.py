@@ -90,9 +90,7 @@ class Attention(nn.Module):
         empty = self.q_bias.new_zeros(batch, self.heads, 0, self.q_bias.shape[0] // self.heads)
         return AttentionState(empty, empty)
 
-    def forward(
-        self, x: Tensor, scales: range, state: AttentionState | None = None
-    ) -> tuple[Tensor, AttentionState | None]:
+    def forward(self, x: Tensor, scales: range, state: AttentionState | None = None) -> tuple[Tensor, AttentionState | None]:
         """x (B, L_of_scales, C); state: of the scales before `scales`, None at the first. Returns y like x and the next state."""
         q, k, v = self._project(x)  # (B, H, L_of_scales, D) each
         if self.history:

@@ -74,9 +74,7 @@ class Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
         self.blocks = nn.ModuleList(ResidualBlock(widths[i], widths[i + 1]) for i in range(num_blocks))
-        self.attentions = nn.ModuleList(
-            PixelAttention(out_channels) if attention else nn.Identity() for _ in range(num_blocks)
-        )
+        self.attentions = nn.ModuleList(PixelAttention(out_channels) if attention else nn.Identity() for _ in range(num_blocks))
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,9 +84,7 @@ class Level(nn.Module):
 
 
 def middle(channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        ResidualBlock(channels, channels), PixelAttention(channels), ResidualBlock(channels, channels)
-    )
+    return nn.Sequential(ResidualBlock(channels, channels), PixelAttention(channels), ResidualBlock(channels, channels))
 
 
 class Encoder(nn.Module):

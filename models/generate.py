@@ -90,9 +90,7 @@ def generate(
     """
     check_fit(transformer, tokenizer)
     if guidance_scale < 0 or top_k < 0 or not 0 <= top_p <= 1:
-        raise ValueError(
-            f"guidance_scale={guidance_scale}, top_k={top_k}, top_p={top_p}: give at least 0, and top_p at most 1"
-        )
+        raise ValueError(f"guidance_scale={guidance_scale}, top_k={top_k}, top_p={top_p}: give at least 0, and top_p at most 1")
     state, indices = None, []
     with torch.no_grad():
         guided = guidance_scale > 0

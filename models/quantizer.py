@@ -33,6 +33,14 @@ def phi_index(num_phi: int, num_scales: int) -> tuple[int, ...]:
     return tuple(int(np.argmin(np.abs(ticks - position))) for position in positions)
 
 
+class ScaleStep(NamedTuple):
+    """One scale on the way down."""
+
+    residual: Tensor  # (B * h_k * w_k, C), vectors that looked for a code
+    indices: Tensor  # (B, h_k * w_k)
+    f_hat: Tensor  # (B, C, H, W), sum of the scales up to this one
+
+
 class Quantized(NamedTuple):
     """What training needs of one quantization."""
 
@@ -64,9 +72,7 @@ class MultiScaleQuantizer(nn.Module):
         self.normalize_lookup = normalize_lookup
         self.commitment = commitment
         self.codebook = nn.Embedding(num_codes, code_dim)
-        self.phi = nn.ModuleList(
-            nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in range(num_phi or pyramid.num_scales)
-        )
+        self.phi = nn.ModuleList(nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in range(num_phi or pyramid.num_scales))
         self.phi_index = phi_index(num_phi, pyramid.num_scales)
 
     def initial(self, batch: int) -> Tensor:
@@ -94,7 +100,7 @@ class MultiScaleQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, features: Tensor) -> list[Tensor]:
         """Algorithm 1: features (B, C, H, W) -> K index tensors (B, h_k * w_k)."""
-        return [indices for indices, _ in self._descend(features)]
+        return [step.indices for step in self._descend(features)]
 
     @torch.no_grad()
     def partial_sums(self, indices: list[Tensor]) -> Iterator[Tensor]:
@@ -109,9 +115,8 @@ class MultiScaleQuantizer(nn.Module):
         """Inputs of scales 2..K, (B, L - h_1 * w_1, C) float32: for each scale the sum of all coarser ones, averaged down."""
         batch, codebook = indices[0].shape[0], self.codebook.weight
         inputs = [codebook.new_zeros(batch, 0, codebook.shape[1], dtype=torch.float32)]
-        with torch.autocast(codebook.device.type, enabled=False):
-            for k, f_hat in enumerate(self.partial_sums(indices[:-1])):
-                inputs.append(self.next_input(f_hat, k).float())
+        for k, f_hat in enumerate(self.partial_sums(indices[:-1])):
+            inputs.append(self.next_input(f_hat, k).float())
         return torch.cat(inputs, dim=1)
 
     @torch.no_grad()
@@ -126,27 +131,38 @@ class MultiScaleQuantizer(nn.Module):
     def forward(self, features: Tensor) -> Quantized:
         """Quantize with gradients: straight-through once at the end, losses on the cumulative sum at every scale."""
         indices, losses = [], []
-        for scale_indices, f_hat in self._descend(features):
-            indices.append(scale_indices)
-            codebook_loss = F.mse_loss(f_hat, features.detach())
-            commitment_loss = F.mse_loss(f_hat.detach(), features)
+        for step in self._descend(features):
+            indices.append(step.indices)
+            codebook_loss = F.mse_loss(step.f_hat, features.detach())
+            commitment_loss = F.mse_loss(step.f_hat.detach(), features)
             losses.append(codebook_loss + self.commitment * commitment_loss)
-        straight_through = features + (f_hat - features).detach()
+        straight_through = features + (step.f_hat - features).detach()
         return Quantized(straight_through, indices, torch.stack(losses).mean())
 
-    def _descend(self, features: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (indices of scale k, f_hat after scale k) from coarse to fine."""
+    @torch.no_grad()
+    def restart_codes_(self, unused: Tensor, features: Tensor, generator: torch.Generator | None = None) -> None:
+        """Move the codes marked in unused (V,) bool onto residuals of features (B, C, H, W), drawn evenly over the scales."""
+        steps = list(self._descend(features))
+        scales = torch.randint(len(steps), (int(unused.sum()),), generator=generator).tolist()
+        rows = [torch.randint(len(steps[k].residual), (), generator=generator) for k in scales]
+        if rows:
+            chosen = [steps[k].residual[row] for k, row in zip(scales, rows, strict=True)]
+            self.codebook.weight[unused] = torch.stack(chosen)
+
+    def _descend(self, features: Tensor) -> Iterator[ScaleStep]:
+        """Scale after scale, coarse to fine."""
         batch = features.shape[0]
         f_hat = self.initial(batch)
         for k in self.pyramid.scales:
-            residual = self._reduce(features.detach() - f_hat.detach(), k)  # (B, C, h_k, w_k)
-            vectors = residual.permute(0, 2, 3, 1).flatten(0, 2)  # (B * h_k * w_k, C)
-            indices = self.nearest(vectors).view(batch, -1)
+            maps = self._reduce(features.detach() - f_hat.detach(), k)  # (B, C, h_k, w_k)
+            residual = maps.permute(0, 2, 3, 1).flatten(0, 2)  # (B * h_k * w_k, C)
+            indices = self.nearest(residual).view(batch, -1)
             f_hat = self.add_scale(f_hat, k, self.codebook(indices))
-            yield indices, f_hat
+            yield ScaleStep(residual, indices, f_hat)
 
     def _phi(self, k: int, x: Tensor) -> Tensor:
-        return torch.lerp(x, self.phi[self.phi_index[k]](x), PHI_STRENGTH)
+        with torch.autocast(x.device.type, enabled=False):  # the sum over scales stays in the codebook's precision
+            return torch.lerp(x, self.phi[self.phi_index[k]](x), PHI_STRENGTH)
 
     def _reduce(self, x: Tensor, k: int) -> Tensor:
         """Average (B, C, H, W) down to scale k."""

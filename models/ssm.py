@@ -139,9 +139,7 @@ class Mamba2(nn.Module):
         weight = self.conv1d.weight
         conv = weight.new_zeros(batch, weight.shape[-1] - 1, weight.shape[0])
         wide = torch.promote_types(weight.dtype, torch.float32)
-        return MambaState(
-            conv, weight.new_zeros(batch, self.heads, self.head_dim, self.state_dim, dtype=wide)
-        )
+        return MambaState(conv, weight.new_zeros(batch, self.heads, self.head_dim, self.state_dim, dtype=wide))
 
     def forward(self, x: Tensor, scales: range, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
         """x (B, L_of_scales, C); state: after the tokens before x, None at the first. `scales` does not matter here."""

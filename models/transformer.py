@@ -139,9 +139,7 @@ class Block(nn.Module):
     def init_state(self, batch: int) -> BlockState:
         return tuple(mixer.init_state(batch) for mixer in self.mixers)
 
-    def forward(
-        self, x: Tensor, modulation: Modulation, scales: range, states: BlockState
-    ) -> tuple[Tensor, BlockState]:
+    def forward(self, x: Tensor, modulation: Modulation, scales: range, states: BlockState) -> tuple[Tensor, BlockState]:
         gammas, scaling, shifts = (part.unbind(1) for part in modulation)  # S x (B, 1, C) each
         next_states = []
         for i, mixer in enumerate(self.mixers):

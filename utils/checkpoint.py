@@ -167,9 +167,7 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> nn.Module
         raise ValueError(f"{path}: {'; '.join(parts)}; the file seems to be {official.describe(list(weights))}")
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(expected[name].shape)}"
-            )
+            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(expected[name].shape)}")
     model.load_state_dict(weights)
     return model.eval()
 

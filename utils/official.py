@@ -134,9 +134,7 @@ def count(tensors: StateDict, pattern: str) -> int:
     return max(numbers) + 1 if numbers else 0
 
 
-def transformer_from_official(
-    tensors: StateDict, family: str | None, source: str
-) -> tuple[TransformerConfig, StateDict]:
+def transformer_from_official(tensors: StateDict, family: str | None, source: str) -> tuple[TransformerConfig, StateDict]:
     """Configuration and weights, under our names, of a released VAR, M-VAR or Markov transformer.
 
     Depth, width, heads, classes, codes and pyramid are read off the tensors, never off the file's name. family: needed to
@@ -189,9 +187,7 @@ def _sides(tensors: StateDict, source: str) -> tuple[int, ...]:
     raise ValueError(f"{source}: {num_tokens} tokens in {num_scales} scales are no standard pyramid of square maps")
 
 
-def tokenizer_from_official(
-    tensors: StateDict, sides: tuple | None, source: str
-) -> tuple[TokenizerConfig, StateDict]:
+def tokenizer_from_official(tensors: StateDict, sides: tuple | None, source: str) -> tuple[TokenizerConfig, StateDict]:
     """Configuration and weights, under our names, of a released VQVAE.
 
     sides: of the pyramid; None takes the standard one with as many scales as the file's hit counter has rows.

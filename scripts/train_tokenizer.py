@@ -1,0 +1,208 @@
+"""Train the multi-scale VQVAE on a folder of images, with reconstruction and VQ losses.
+
+Perceptual and adversarial losses are not there yet. Codes that no vector of the last steps chose are moved onto vectors that look for
+one, or small data sets would use a fraction of the codebook. The same command resumes a run that was killed.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dist import Ranks, process_group
+from models.tokenizer import TOKENIZER_PRESETS, VQVAE
+from utils import cli, data
+from utils.checkpoint import Description, latest_checkpoint, load_training, read_model_config, save_checkpoint
+from utils.cli import flag, required
+from utils.log import RunLog
+from utils.optim import learning_rate_factor
+
+
+@dataclass(frozen=True)
+class TokenizerTraining:
+    """Flags of scripts/train_tokenizer.py."""
+
+    data_path: str = required("directory with train/<class>/* and val/<class>/*")
+    out: str = required("run directory; a run in it is resumed")
+    preset: str = flag("f16-256", "sizes of the tokenizer", choices=tuple(TOKENIZER_PRESETS))
+    bs: int = flag(128, "images per step, over all ranks", "--batch_size")
+    lr: float = flag(1e-3, "peak learning rate", "--learning_rate")
+    max_steps: int = flag(100_000, "steps")
+    max_minutes: float = flag(0.0, "end the run, schedule included, after so many minutes at the latest, 0: off")
+    l1: float = flag(0.2, "weight of the mean absolute error")
+    l2: float = flag(1.0, "weight of the mean squared error")
+    vq: float = flag(1.0, "weight of the codebook and commitment loss")
+    restart_every: int = flag(50, "steps between restarts of unused codes, in the first half of the run; 0: never")
+    resize: float = flag(1.125, "images are resized to this times their final size, then cropped", "--mid_reso")
+    hflip: bool = flag(False, "mirror half of the training images")
+    workers: int = flag(0, "processes that load images, per rank")
+    fp16: int = flag(0, "0: float32, 2: bfloat16", choices=(0, 2))
+    seed: int = flag(0, "of data order, initial weights and restarts")
+    log_every: int = flag(20, "steps between log lines")
+    save_every: int = flag(1000, "steps between checkpoints, each with a validation")
+    keep: int = flag(2, "checkpoints to keep")
+
+    def __post_init__(self):
+        for name in ("bs", "max_steps", "log_every", "save_every", "keep"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
+
+
+def reconstruction_loss(images: Tensor, reconstruction: Tensor, config: TokenizerTraining) -> Tensor:
+    return config.l1 * F.l1_loss(reconstruction, images) + config.l2 * F.mse_loss(reconstruction, images)
+
+
+class TokenizerTrainer:
+    """One run of scripts/train_tokenizer.py."""
+
+    def __init__(self, config: TokenizerTraining, ranks: Ranks):
+        self.config, self.ranks, self.run = config, ranks, Path(config.out)
+        if config.bs % ranks.world:
+            raise ValueError(f"--bs={config.bs} does not divide by {ranks.world} ranks: give a multiple")
+        train, val = data.read_folders(config.data_path)
+        self.class_names = train.class_names
+        model_config = TOKENIZER_PRESETS[config.preset]
+        pixels = model_config.image_shape[0]
+        self.train_images = data.Images(train, pixels, config.resize, augment=True, flip=config.hflip, seed=config.seed)
+        self.val_images = data.Images(val, pixels, config.resize)
+        torch.manual_seed(config.seed)
+        self.tokenizer = VQVAE(model_config).to(ranks.device)
+        self.model = self.tokenizer if ranks.world == 1 else DistributedDataParallel(self.tokenizer)
+        self.optimizer = torch.optim.AdamW(self.tokenizer.parameters(), lr=config.lr, betas=(0.5, 0.9), weight_decay=0.0)
+        self.step, self.seconds = 0, 0.0
+        self.hits = torch.zeros(model_config.num_codes, device=ranks.device)  # since the last restart
+
+    def fit(self) -> None:
+        config = self.config
+        self._resume()
+        log = RunLog(self.run, self.ranks.is_main, self.step)
+        log.text(
+            f"training tokenizer {config.preset} on {len(self.train_images)} images, pyramid {self.tokenizer.pyramid}, "
+            f"{sum(p.numel() for p in self.tokenizer.parameters()) / 1e6:.2f}M parameters, from step {self.step}"
+        )
+        order = data.TrainOrder(len(self.train_images), config.bs, config.seed, self.ranks.rank, self.ranks.world)
+        batches = data.train_batches(self.train_images, order, self.step, config.max_steps, config.workers)
+        start = time.monotonic() - self.seconds
+        mark_time, mark_step = time.monotonic(), self.step
+        while not self._finished():
+            metrics = self.train_step(batches)
+            self.seconds = self.ranks.from_main(time.monotonic() - start)
+            if self.step % config.log_every == 0 or self._finished():
+                speed = (self.step - mark_step) * config.bs / (time.monotonic() - mark_time)
+                mark_time, mark_step = time.monotonic(), self.step
+                values = {name: value.item() for name, value in metrics.items()}
+                log.metrics(self.step, {**values, "images_per_second": speed})
+                message = f"step {self.step}, loss {values['loss']:.4f}, {values['psnr']:.1f} dB, {speed:.0f} images/s"
+                log.progress(self._progress(), self.seconds, message)
+            if self.step % config.save_every == 0 or self._finished():
+                figures = self.evaluate()
+                log.metrics(self.step, figures)
+                log.text(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+                self._save()
+                mark_time, mark_step = time.monotonic(), self.step
+        log.close()
+
+    def train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        config = self.config
+        rate = config.lr * learning_rate_factor("cos", self._progress(), warmup=0.02, start=0.05, end=0.01)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        images = next(batches)[0].to(self.ranks.device, non_blocking=True)
+        with torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=config.fp16 == 2):
+            result = self.model(images)
+        loss = reconstruction_loss(images, result.images.float(), config) + config.vq * result.vq_loss
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"step {self.step}: the loss is not finite; the last checkpoint is untouched: lower --lr")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self._restart_codes(images, result.indices)
+        error = F.mse_loss(result.images.detach().float().clamp(-1, 1), images)
+        return {"loss": loss.detach(), "vq_loss": result.vq_loss.detach(), "psnr": psnr(error)}
+
+    def _restart_codes(self, images: Tensor, indices: list[Tensor]) -> None:
+        every = self.config.restart_every
+        if not every or self._progress() > 0.5:
+            return
+        self.hits += torch.cat(indices, dim=1).flatten().bincount(minlength=len(self.hits))
+        if self.step % every:
+            return
+        unused = self.ranks.sum(self.hits) == 0
+        generator = torch.Generator().manual_seed(self.config.seed + self.step)
+        self.tokenizer.quantizer.restart_codes_(unused, self.tokenizer.features(images).detach(), generator)
+        if self.ranks.world > 1:  # each rank drew from its own images: the main rank's count
+            torch.distributed.broadcast(self.tokenizer.quantizer.codebook.weight.data, src=0)
+        self.hits.zero_()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Reconstruction error and use of the codebook on the held-out images."""
+        tokenizer = self.tokenizer.eval()
+        share = self.config.bs // self.ranks.world
+        scales, num_codes = tokenizer.pyramid.num_scales, tokenizer.config.num_codes
+        hits = torch.zeros(scales, num_codes, device=self.ranks.device)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # squared error, images
+        for images, _ in data.val_batches(self.val_images, share, self.ranks.rank, self.ranks.world):
+            images = images.to(self.ranks.device)
+            indices = tokenizer.encode(images)
+            errors = (tokenizer.decode(indices) - images).square().mean(dim=(1, 2, 3))
+            totals += torch.stack([errors.double().sum(), torch.tensor(len(images), dtype=torch.float64)])
+            for k, scale_indices in enumerate(indices):
+                hits[k] += scale_indices.flatten().bincount(minlength=num_codes)
+        tokenizer.train()
+        squared_error, count = self.ranks.sum(totals)
+        hits = self.ranks.sum(hits)
+        figures = {"val_psnr": psnr(squared_error / count).item(), "codes_used": (hits.sum(0) > 0).sum().item()}
+        return figures | {f"codes_used_scale_{k}": (row > 0).sum().item() for k, row in enumerate(hits)}
+
+    def _progress(self) -> float:
+        by_time = self.seconds / (60 * self.config.max_minutes) if self.config.max_minutes else 0.0
+        return min(max(self.step / self.config.max_steps, by_time), 1.0)
+
+    def _finished(self) -> bool:
+        return self._progress() >= 1
+
+    def _save(self) -> None:
+        if self.ranks.is_main:
+            description = Description("tokenizer", self.class_names, None, asdict(self.config))
+            training = {"seconds": self.seconds}
+            optimizer = self.optimizer.state_dict()
+            save_checkpoint(self.run, self.step, self.tokenizer, description, training, optimizer, keep=self.config.keep)
+        self.ranks.barrier()
+
+    def _resume(self) -> None:
+        checkpoint = latest_checkpoint(self.run)
+        if checkpoint is None:
+            return
+        if read_model_config(checkpoint, "tokenizer") != self.tokenizer.config:
+            raise ValueError(
+                f"{checkpoint}: a tokenizer of other sizes is there: resume with its --preset, or use another --out"
+            )
+        training, optimizer, _ = load_training(checkpoint, self.tokenizer)
+        self.optimizer.load_state_dict(optimizer)
+        self.step, self.seconds = training["step"], training["seconds"]
+
+
+def psnr(squared_error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of a mean squared error on images in [-1, 1]."""
+    return -10 * torch.log10(squared_error / 4)
+
+
+def main() -> None:
+    config = cli.parse(TokenizerTraining, __doc__)
+    with process_group() as ranks:
+        TokenizerTrainer(config, ranks).fit()
+
+
+if __name__ == "__main__":
+    cli.run(main)

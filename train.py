@@ -1,0 +1,101 @@
+"""Train a transformer on the tokens of a frozen tokenizer: python train.py, or torchrun --nproc_per_node=N train.py.
+
+Flags are those of the released VAR and M-VAR trainers (--help explains each). The same command resumes a run that was killed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist import process_group
+from models.pyramid import Pyramid
+from models.tokenizer import VQVAE
+from models.transformer import ScaleTransformer
+from trainer import RELEASED_TOKENIZER, TrainConfig, Trainer, with_seed
+from utils import cli, data
+from utils.checkpoint import load_tokenizer
+from utils.data import Images, TrainOrder
+from utils.token_cache import TokenCache, check_cache, read_manifest
+
+HUB_TOKENIZER = f"FoundationVision/var:{RELEASED_TOKENIZER}"
+
+
+class FolderData:
+    """Images from folders, encoded by the tokenizer as they come."""
+
+    def __init__(self, config: TrainConfig, tokenizer: VQVAE):
+        train, val = data.read_folders(config.data_path)
+        height, width = tokenizer.config.image_shape
+        if height != width:
+            raise ValueError(f"pyramid {tokenizer.pyramid}: training from folders needs square images")
+        self.class_names, self.size, self.workers = train.class_names, len(train.paths), config.workers
+        self.train = Images(train, height, config.mid_reso, augment=True, flip=config.hflip, seed=config.seed)
+        self.val = Images(val, height, config.mid_reso)
+
+    def train_batches(self, order: TrainOrder, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return data.train_batches(self.train, order, first_step, last_step, self.workers)
+
+    def val_batches(self, batch: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return data.val_batches(self.val, batch, rank, world, self.workers)
+
+
+class CachedData:
+    """Tokens made beforehand by scripts/cache_tokens.py."""
+
+    def __init__(self, config: TrainConfig, tokenizer: VQVAE):
+        self.train, self.val = (TokenCache(config.token_cache, split) for split in ("train", "val"))
+        check_cache(self.train.manifest, tokenizer, config.token_cache)
+        self.class_names, self.size = self.train.manifest.class_names, len(self.train)
+
+    def train_batches(self, order: TrainOrder, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.train.train_batches(order, first_step, last_step)
+
+    def val_batches(self, batch: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.val.val_batches(batch, rank, world)
+
+
+def tokenizer_source(config: TrainConfig) -> str:
+    """--vae, or the cache's tokenizer, or the released one from here or the hub."""
+    if config.vae:
+        return config.vae
+    if config.token_cache:
+        return read_manifest(config.token_cache).tokenizer
+    return RELEASED_TOKENIZER if Path(RELEASED_TOKENIZER).exists() else HUB_TOKENIZER
+
+
+def load_fitting_tokenizer(source: str, pn: str) -> VQVAE:
+    """The tokenizer, for the pyramid that --pn asks for; ValueError where that is not the one it was trained with."""
+    if not pn:
+        return load_tokenizer(source)
+    wanted = Pyramid.parse(pn)
+    tokenizer = load_tokenizer(source, wanted.sides if source.endswith(".pth") else None)
+    if tokenizer.pyramid != wanted:
+        raise ValueError(
+            f"--pn={pn}: its last side {wanted.sides[-1]} does not fit the tokenizer {source}, "
+            f"which makes {tokenizer.pyramid}: give --pn={tokenizer.pyramid}"
+            if wanted.sides[-1] != tokenizer.pyramid.sides[-1]
+            else f"--pn={pn} is not the pyramid of the tokenizer {source}: give --pn={tokenizer.pyramid}"
+        )
+    return tokenizer
+
+
+def main() -> None:
+    config = cli.parse(TrainConfig, __doc__)
+    with process_group() as ranks:
+        config.rank_batch(ranks.world)
+        if not config.token_cache:
+            data.check_root(config.data_path)
+        config = replace(with_seed(config, ranks), vae=tokenizer_source(config))
+        tokenizer = load_fitting_tokenizer(config.vae, config.pn)
+        source = CachedData(config, tokenizer) if config.token_cache else FolderData(config, tokenizer)
+        torch.manual_seed(config.seed)
+        transformer = ScaleTransformer(config.transformer_config(tokenizer, len(source.class_names)))
+        transformer.init_weights(config.alng, config.aln, config.hd, None if config.ini < 0 else config.ini)
+        Trainer(config, transformer, tokenizer, source, ranks).fit()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,89 @@
+"""What every command shares: flags described by a dataclass, and errors as one line."""
+
+import argparse
+import dataclasses
+import os
+import sys
+import typing
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+Config = TypeVar("Config")
+TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+def flag(default: Any, help: str, *aliases: str, choices: tuple | None = None) -> Any:
+    """A field of a configuration dataclass that is also the flag --name (and the given aliases) of a command."""
+    metadata = {"help": help, "aliases": aliases, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def required(help: str, *aliases: str, choices: tuple | None = None) -> Any:
+    """The same without a default."""
+    return dataclasses.field(metadata={"help": help, "aliases": aliases, "choices": choices})
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line and takes no abbreviations, so that a misspelt flag cannot pass for another."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        complain(self.prog, f"{message} (--help lists all flags)")
+        sys.exit(2)
+
+
+def parse(config_class: type[Config], description: str, arguments: list[str] | None = None) -> Config:
+    """Read the command line into the dataclass; wrong flags and values end the program with one line and exit code 2."""
+    parser = Parser(description)
+    types = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        names = ["--" + field.name, *field.metadata["aliases"]]
+        options: dict[str, Any] = {"dest": field.name, "help": field.metadata["help"]}
+        if field.default is dataclasses.MISSING:
+            options["required"] = True
+        else:
+            options["default"] = field.default
+        kind = _plain_type(types[field.name])
+        if kind is bool:  # --flag, --flag=1 and --flag=True are all in use
+            options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "0|1"}
+        else:
+            options |= {"type": kind, "choices": field.metadata["choices"]}
+        parser.add_argument(*names, **options)
+    try:
+        return config_class(**vars(parser.parse_args(arguments)))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _plain_type(annotation: Any) -> type:
+    """int of int and of int | None."""
+    return next((part for part in typing.get_args(annotation) if part is not type(None)), annotation)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in TRUE + FALSE:
+        return text.lower() in TRUE
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false: give 0 or 1")
+
+
+def complain(program: str, message: str) -> None:
+    """One line on stderr; ranks other than the first say who they are."""
+    rank = int(os.environ.get("RANK", "0"))
+    print(f"{program}{f' [rank {rank}]' if rank else ''}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Call a command's main; users' mistakes end it with one line and exit code 1.
+
+    With MVAR_TRACEBACK=1 in the environment the whole traceback is shown.
+    """
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("MVAR_TRACEBACK") == "1":
+            raise
+        complain(os.path.basename(sys.argv[0]), str(error))
+        sys.exit(1)
+    sys.exit(0)

@@ -1,0 +1,58 @@
+"""Pictures of images and of runs: labelled grids, scales building up, training curves."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GAP = 2  # pixels between images
+SMALLEST = 64  # images are enlarged to at least this many pixels
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images (N, 3, H, W) in [0, 1] -> (N, H, W, 3) uint8, rounded to nearest."""
+    return images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(rows: list[np.ndarray], labels: list[str], heads: list[str] | None = None) -> Image.Image:
+    """Rows of uint8 images (N, H, W, 3), each with a label at its left, and heads over the columns."""
+    height, width = rows[0].shape[1:3]
+    zoom = -(-SMALLEST // min(height, width))
+    height, width = height * zoom, width * zoom
+    font = ImageFont.load_default(size=14)
+    margin = max([0] + [round(font.getlength(label)) + 12 for label in labels])
+    top = 22 if heads else 0
+    columns = max(len(row) for row in rows)
+    canvas = Image.new("RGB", (margin + columns * (width + GAP), top + len(rows) * (height + GAP)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, head in enumerate(heads or []):
+        draw.text((margin + column * (width + GAP) + width / 2, 4), head, fill="black", font=font, anchor="ma")
+    for number, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        y = top + number * (height + GAP)
+        draw.text((margin - 8, y + height / 2), label, fill="black", font=font, anchor="rm")
+        for column, image in enumerate(row):
+            tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(tile, (margin + column * (width + GAP), y))
+    return canvas
+
+
+def curves(path: Path, panels: list[dict]) -> None:
+    """Draw panels side by side; each has title, x, y (axis labels) and lines, name -> list of (x, y), and levels, name -> y."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for name, points in panel["lines"].items():
+            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.5)
+        for name, level in panel.get("levels", {}).items():
+            axis.axhline(level, label=name, linestyle="--", linewidth=1, color="grey")
+        axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
