@@ -1,8 +1,8 @@
 """Training of the transformer: configuration, the state that advances, one step, evaluation, and the loop around them.
 
-The recipe is VAR's (arXiv 2404.02905, appendix, and the released trainers of VAR and M-VAR): AdamW, mean cross-entropy over all tokens,
-class dropout for guidance, fp16 with loss scaling. Random numbers are functions of (seed, step, rank), so a checkpoint needs no
-generator state and a resumed run is the uninterrupted one.
+The recipe is VAR's (arXiv 2404.02905, appendix, and the released trainers of VAR and M-VAR): AdamW, mean cross-entropy over
+all tokens, class dropout for guidance, fp16 with loss scaling. Random numbers are functions of (seed, step, rank), so a
+checkpoint needs no generator state and a resumed run is the uninterrupted one.
 """
 
 import contextlib

@@ -91,7 +91,7 @@ class Attention(nn.Module):
         return AttentionState(empty, empty)
 
     def forward(self, x: Tensor, scales: range, state: AttentionState | None = None) -> tuple[Tensor, AttentionState | None]:
-        """x (B, L_of_scales, C); state: of the scales before `scales`, None at the first. Returns y like x and the next state."""
+        """x (B, L_of_scales, C); state: of the scales before `scales`, None at the first. Returns y like x, next state."""
         q, k, v = self._project(x)  # (B, H, L_of_scales, D) each
         if self.history:
             if state is not None:

@@ -120,7 +120,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, code_dim, h, w) -> images (B, 3, f*h, f*w), not clamped. Levels stand in the order of use, coarse to fine."""
+    """Features (B, code_dim, h, w) -> images (B, 3, f*h, f*w), not clamped. Levels stand from coarse to fine."""
 
     def __init__(self, channels: int, multipliers: tuple[int, ...], num_blocks: int, code_dim: int):
         super().__init__()

@@ -1,7 +1,8 @@
 """Generation scale by scale: guidance, top-k and top-p, and the loop that computes every scale exactly once.
 
-What is carried from scale to scale is explicit: the mixers' states and the sum of codes so far. Nothing is re-run and nothing is
-stored on a module. Guidance is VAR's (arXiv 2404.02905, released sampler): its strength grows linearly from 0 at the first scale.
+What is carried from scale to scale is explicit: the mixers' states and the sum of codes so far. Nothing is re-run and nothing
+is stored on a module. Guidance is VAR's (arXiv 2404.02905, released sampler): its strength grows linearly from 0 at the first
+scale.
 """
 
 from typing import NamedTuple

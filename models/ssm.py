@@ -1,4 +1,5 @@
-"""Mamba-2 over the flattened token pyramid, in plain PyTorch (Mamba-2: arXiv 2405.21060; in M-VAR: arXiv 2411.10433, section 3.3).
+"""Mamba-2 over the flattened token pyramid, in plain PyTorch (Mamba-2: arXiv 2405.21060; in M-VAR: arXiv 2411.10433, section
+3.3).
 
 The recurrence over tokens t, for every head with its scalar decay a_t = exp(dt_t * A),
 
@@ -34,11 +35,11 @@ class MambaState(NamedTuple):
 
 
 def chunked_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, max_chunk: int = MAX_CHUNK
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, max_chunk: int = MAX_CHUNK
 ) -> tuple[Tensor, Tensor]:
     """The recurrence above without D, in matrix form.
 
-    x (batch, L, H, P); dt (batch, L, H) > 0; A (H,) < 0; B, C (batch, L, N); state (batch, H, P, N).
+    x (batch, L, H, P); dt (batch, L, H) > 0; A (H,) < 0; B, C (batch, L, N); state (batch, H, P, N), None at the first token.
     Returns y (batch, L, H, P) in x's dtype and the state after the last token. Steps, decays, C B^T and states are computed in
     float32 at least. Decays are exponentials of differences of cumulative sums, never quotients of exponentials, so they
     cannot overflow; and the difference is cut at 0 before the exponential, so the unused half cannot either.
@@ -68,30 +69,57 @@ def chunked_scan(
     to_end = (decay[..., -1:] - decay).exp()  # (batch, n, H, Q)
     added = (xdt * to_end.unsqueeze(-1)).transpose(-1, -2) @ B.unsqueeze(2)  # (batch, n, H, P, N)
     kept = decay[..., -1].exp()[..., None, None]  # (batch, n, H, 1, 1)
-    state = state.to(wide)
-    incoming = []
+    incoming = []  # what each chunk starts from
     for n in range(num_chunks):
         incoming.append(state)
-        state = torch.addcmul(added[:, n], kept[:, n], state)
-    from_state = C.unsqueeze(2) @ torch.stack(incoming, dim=1).transpose(-1, -2)  # (batch, n, H, Q, P)
-    y = torch.addcmul(y, decay.exp().unsqueeze(-1), from_state)
+        state = added[:, n] if state is None else torch.addcmul(added[:, n], kept[:, n], state.to(wide))
+    if incoming[0] is None and num_chunks > 1:
+        incoming[0] = torch.zeros_like(incoming[1])
+    if incoming[0] is not None:
+        from_state = C.unsqueeze(2) @ torch.stack(incoming, dim=1).to(wide).transpose(-1, -2)  # (batch, n, H, Q, P)
+        y = torch.addcmul(y, decay.exp().unsqueeze(-1), from_state)
 
     y = y.transpose(2, 3).flatten(1, 2)[:, :length]  # (batch, L, H, P)
     return y.to(x.dtype), state
 
 
+class _CausalConv(torch.autograd.Function):
+    """y_t = bias + sum_i weight_i * x_{t+i} over the taps i: x (B, L + taps - 1, D), weight (D, taps), bias (D,) -> (B, L, D).
+
+    Written as shifted products in place: no change of layout, and several times faster on a CPU than autograd through the
+    same sum or a depthwise convolution.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        length = x.shape[1] - weight.shape[1] + 1
+        first, *others = weight.unbind(1)
+        y = torch.addcmul(bias, x[:, :length], first)
+        for i, tap in enumerate(others, start=1):
+            y.addcmul_(x[:, i : i + length], tap)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        length = grad.shape[1]
+        grad_x = torch.zeros_like(x)
+        grad_weight = []
+        for i, tap in enumerate(weight.unbind(1)):
+            grad_x[:, i : i + length].addcmul_(grad, tap)
+            grad_weight.append((grad * x[:, i : i + length]).sum((0, 1)))
+        return grad_x, torch.stack(grad_weight, dim=1), grad.sum((0, 1))
+
+
 def causal_conv(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution along the tokens: x (B, L, D), the d_conv - 1 inputs before it as tail (B, d_conv - 1, D).
 
-    weight (D, 1, d_conv), bias (D,). Returns y (B, L, D) and the new tail. Written as d_conv shifted products: no change of
-    layout, and faster on a CPU than a depthwise convolution.
+    weight (D, 1, d_conv), bias (D,). Returns y (B, L, D) and the new tail.
     """
-    length, taps = x.shape[1], weight.shape[-1]
+    length = x.shape[1]
     x = torch.cat([tail.to(x.dtype), x], dim=1)
-    y = bias.to(x.dtype)
-    for i in range(taps):
-        y = y + x[:, i : i + length] * weight[:, 0, i].to(x.dtype)
-    return y, x[:, length:]
+    return _CausalConv.apply(x, weight.squeeze(1).to(x.dtype), bias.to(x.dtype)), x[:, length:]
 
 
 class GatedRMSNorm(nn.Module):
@@ -143,7 +171,7 @@ class Mamba2(nn.Module):
 
     def forward(self, x: Tensor, scales: range, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
         """x (B, L_of_scales, C); state: after the tokens before x, None at the first. `scales` does not matter here."""
-        state = self.init_state(x.shape[0]) if state is None else state
+        state = MambaState(self.init_state(x.shape[0]).conv, None) if state is None else state
         # One parameter as two products: its height (7868 at depth 30) is no multiple of 8, that of the large part is.
         weight = self.in_proj.weight
         zxBC, dt = F.linear(x, weight[: -self.heads]), F.linear(x, weight[-self.heads :])
@@ -151,7 +179,7 @@ class Mamba2(nn.Module):
         y, conv, ssm = checkpoint(self._mix, zxBC, dt, *state, use_reentrant=False, preserve_rng_state=False)
         return self.out_proj(y), MambaState(conv, ssm)
 
-    def _mix(self, zxBC: Tensor, dt: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _mix(self, zxBC: Tensor, dt: Tensor, conv: Tensor, ssm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Convolution, scan and gated norm: (B, L, inner + conv_dim), (B, L, H), state -> (B, L, inner), state."""
         with torch.autocast(zxBC.device.type, enabled=False):
             wide = torch.promote_types(zxBC.dtype, torch.float32)

@@ -9,7 +9,8 @@ their mixers only:
     markov-mamba  attention as in markov, then Mamba-2                      ours: cost linear in tokens
 
 Training, evaluation and generation are one computation, `ScaleTransformer.advance`, called with all scales at once or with one
-scale at a time and the state of those before it. The transformer knows nothing of images: it takes code vectors and gives logits.
+scale at a time and the state of those before it. The transformer knows nothing of images: it takes code vectors and gives
+logits.
 
 Letters: B images, L tokens, C width, V codes, S sub-layers of a block.
 """

@@ -1,7 +1,7 @@
 """Train the multi-scale VQVAE on a folder of images, with reconstruction and VQ losses.
 
-Perceptual and adversarial losses are not there yet. Codes that no vector of the last steps chose are moved onto vectors that look for
-one, or small data sets would use a fraction of the codebook. The same command resumes a run that was killed.
+Perceptual and adversarial losses are not there yet. Codes that no vector of the last steps chose are moved onto vectors that
+look for one, or small data sets would use a fraction of the codebook. The same command resumes a run that was killed.
 """
 
 import sys

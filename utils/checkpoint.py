@@ -1,8 +1,8 @@
 """Models and training state on disk: written aside and renamed, read strictly, never executed.
 
 Our format is a directory: model.safetensors and config.json, and for training ema.safetensors, optimizer.pt and
-train_state.json beside them. Released files are read through utils/official.py. Pickled objects are refused: .pth files load with
-weights_only=True, everything else is safetensors or JSON.
+train_state.json beside them. Released files are read through utils/official.py. Pickled objects are refused: .pth files load
+with weights_only=True, everything else is safetensors or JSON.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ def load_description(source: str | Path) -> Description | None:
 
 
 def locate(source: str | Path, wanted: str) -> Path:
-    """The file, or the directory with model.safetensors, that a user's words mean; downloads from the hub where they name it."""
+    """The file, or the directory with model.safetensors, that `source` means; a name on the hub is downloaded."""
     path = Path(source)
     if path.is_dir():
         if all((path / name).exists() for name in MODEL_FILES):

@@ -1,7 +1,7 @@
 """Images from ImageNet-style folders, in an order that is a function of (seed, step) alone.
 
-A dataset is a directory with train/<class>/* and val/<class>/*; class names sorted give the labels 0, 1, ... The repository carries
-one itself, 10,000 photographs of Fashion-MNIST, which `export_fashion_mnist` writes out as such folders.
+A dataset is a directory with train/<class>/* and val/<class>/*; class names sorted give the labels 0, 1, ... The repository
+carries one itself, 10,000 photographs of Fashion-MNIST, which `export_fashion_mnist` writes out as such folders.
 """
 
 import functools
@@ -49,8 +49,8 @@ class ImageFiles:
 def read_folders(root: str | Path) -> tuple[ImageFiles, ImageFiles]:
     """The splits train/ and val/ under `root`.
 
-    FileNotFoundError where a folder is missing, ValueError where one is empty, holds a file that is no image (by its name; hidden
-    files are passed over), or val/ has a class that train/ lacks.
+    FileNotFoundError where a folder is missing, ValueError where one is empty, holds a file that is no image (by its name;
+    hidden files are passed over), or val/ has a class that train/ lacks.
     """
     check_root(root)
     train, val = (_read_split(Path(root), split) for split in ("train", "val"))

@@ -14,7 +14,7 @@ NO_DECAY = ("position_embed", "start_embed", "scale_embed", "modulation_offset",
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
-    """Weight decay for everything but 1-D parameters, biases and the embeddings named in NO_DECAY (the class embedding has it)."""
+    """Weight decay for everything but 1-D parameters, biases and the embeddings of NO_DECAY; the class embedding has it."""
     decayed, exempt = [], []
     for name, parameter in model.named_parameters():
         keep = parameter.ndim == 1 or name.endswith("bias") or any(part in name for part in NO_DECAY)
