@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist import Ranks
 from models.pyramid import Pyramid
+from models.ssm import SCANS, choose_scan
 from models.tokenizer import VQVAE
 from models.transformer import FAMILIES, ScaleTransformer, TransformerConfig
 from utils.checkpoint import Description, latest_checkpoint, load_training, read_model_config, save_checkpoint
@@ -94,6 +95,7 @@ class TrainConfig:
     # running
     local_out_dir_path: str = flag("local_output", "run directory; a run in it is resumed", "--out")
     seed: int | None = flag(None, "of data order, initial weights and dropouts; none: drawn, and kept in the run's config.json")
+    scan_backend: str = flag("torch", "how Mamba-2 is computed; mamba_ssm needs a GPU", choices=tuple(SCANS))
     tfast: int = flag(0, "compile the blocks: 0 no, 1 reduce-overhead, 2 max-autotune, 3 default", choices=(0, 1, 2, 3))
     log_every: int = flag(20, "steps between log lines")
     val_every: int = flag(0, "steps between validations, 0: 10 epochs")
@@ -203,6 +205,7 @@ class Trainer:
         self.save_every = config.save_every or steps_per_epoch
 
         transformer.to(ranks.device).train()
+        choose_scan(transformer, config.scan_backend)
         self.state = TrainState(
             step=0,
             seconds=0.0,

@@ -103,4 +103,4 @@ class Pyramid:
 
     def scale_ids(self) -> Tensor:
         """(L,) the scale of every token."""
-        return torch.arange(self.num_scales).repeat_interleave(torch.tensor(self.lengths))
+        return torch.tensor([k for k in self.scales for _ in range(self.lengths[k])])

@@ -83,6 +83,40 @@ def chunked_scan(
     return y.to(x.dtype), state
 
 
+def mamba_ssm_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, chunk: int = MAX_CHUNK
+) -> tuple[Tensor, Tensor]:
+    """`chunked_scan` by the Triton kernels of mamba_ssm, for CUDA tensors.
+
+    Padded to whole chunks: the kernels gave NaN gradients in half precision at other lengths (680 tokens are 10.6 chunks).
+    """
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    length = x.shape[1]
+    padding = -length % chunk
+    x, dt = F.pad(x, (0, 0, 0, 0, 0, padding)), F.pad(dt, (0, 0, 0, padding))
+    B, C = (F.pad(part, (0, 0, 0, padding)).unsqueeze(2) for part in (B, C))  # (batch, L, 1 group, N)
+    y, state = mamba_chunk_scan_combined(x, dt, A, B, C, chunk, initial_states=state, return_final_states=True)
+    return y[:, :length], state.float()
+
+
+SCANS = {"torch": chunked_scan, "mamba_ssm": mamba_ssm_scan}
+
+
+def choose_scan(model: nn.Module, backend: str) -> None:
+    """Set how all Mamba-2 mixers of a model compute their scan. ValueError where the backend's package or a GPU is missing."""
+    if backend == "mamba_ssm":
+        try:
+            import mamba_ssm  # noqa: F401
+        except ImportError as error:
+            raise ValueError(f"scan backend mamba_ssm: {error}: pip install -r requirements-cuda.txt, or take torch") from error
+        if not torch.cuda.is_available():
+            raise ValueError("scan backend mamba_ssm: its kernels need a CUDA GPU, there is none: take torch")
+    for module in model.modules():
+        if isinstance(module, Mamba2):
+            module.scan = SCANS[backend]
+
+
 class _CausalConv(torch.autograd.Function):
     """y_t = bias + sum_i weight_i * x_{t+i} over the taps i: x (B, L + taps - 1, D), weight (D, taps), bias (D,) -> (B, L, D).
 
@@ -152,6 +186,7 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = GatedRMSNorm(inner)
         self.out_proj = nn.Linear(inner, width, bias=False)
+        self.scan = chunked_scan  # see choose_scan
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Mamba-2's own initialisation of the step sizes, the decays, D and the norm; projections are the caller's."""
@@ -188,6 +223,6 @@ class Mamba2(nn.Module):
             x, B, C = F.silu(xBC).split([self.inner, self.state_dim, self.state_dim], dim=-1)
             x = x.unflatten(-1, (self.heads, self.head_dim))  # (B, L, H, P)
             dt = F.softplus(dt.to(wide) + self.dt_bias)  # (B, L, H)
-            y, ssm = chunked_scan(x, dt, -self.A_log.exp(), B, C, ssm)
+            y, ssm = self.scan(x, dt, -self.A_log.exp(), B, C, ssm)
             y = y + x * self.D.to(x.dtype).view(-1, 1)
             return self.norm(y.flatten(2), z), conv, ssm

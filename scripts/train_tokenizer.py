@@ -116,6 +116,7 @@ class TokenizerTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         images = next(batches)[0].to(self.ranks.device, non_blocking=True)
+        self._restart_codes(images)
         with torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=config.fp16 == 2):
             result = self.model(images)
         loss = reconstruction_loss(images, result.images.float(), config) + config.vq * result.vq_loss
@@ -126,20 +127,19 @@ class TokenizerTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self._restart_codes(images, result.indices)
+        self.hits += torch.cat(result.indices, dim=1).flatten().bincount(minlength=len(self.hits))
         error = F.mse_loss(result.images.detach().float().clamp(-1, 1), images)
         return {"loss": loss.detach(), "vq_loss": result.vq_loss.detach(), "psnr": psnr(error)}
 
-    def _restart_codes(self, images: Tensor, indices: list[Tensor]) -> None:
+    def _restart_codes(self, images: Tensor) -> None:
+        """Now and then move the codes that were not chosen since the last time; at the first step these are all codes."""
         every = self.config.restart_every
-        if not every or self._progress() > 0.5:
-            return
-        self.hits += torch.cat(indices, dim=1).flatten().bincount(minlength=len(self.hits))
-        if self.step % every:
+        if not every or self.step % every or self._progress() > 0.5:
             return
         unused = self.ranks.sum(self.hits) == 0
         generator = torch.Generator().manual_seed(self.config.seed + self.step)
-        self.tokenizer.quantizer.restart_codes_(unused, self.tokenizer.features(images).detach(), generator)
+        with torch.no_grad():
+            self.tokenizer.quantizer.restart_codes_(unused, self.tokenizer.features(images), generator)
         if self.ranks.world > 1:  # each rank drew from its own images: the main rank's count
             torch.distributed.broadcast(self.tokenizer.quantizer.codebook.weight.data, src=0)
         self.hits.zero_()

@@ -8,7 +8,7 @@ import functools
 import gzip
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,44 +174,60 @@ class TrainOrder:
             indices[chosen] = permutation(self.seed, int(epoch), self.size)[offsets[chosen]]
         return indices
 
-    def micro_batches_from(self, step: int, last_step: int) -> Iterator[np.ndarray]:
-        """Positions of every micro-batch of this rank, from `step` up to `last_step`."""
+    def micro_batches_from(self, step: int, last_step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(positions, indices) of every micro-batch of this rank, from `step` up to `last_step`."""
         for current in range(step, last_step):
             for micro_batch in range(self.micro_batches):
-                yield self.positions(current, micro_batch)
+                positions = self.positions(current, micro_batch)
+                yield positions, self.indices(positions)
 
 
 class _Batches(torch.utils.data.Sampler):
-    def __init__(self, batches: list | Iterator, order: TrainOrder | None = None):
-        self.batches, self.order = batches, order
+    """Lists of (position, index) for the loader, made as they are needed."""
+
+    def __init__(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]):
+        self.batches = batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for positions in self.batches:
-            indices = positions if self.order is None else self.order.indices(positions)
+        for positions, indices in self.batches:
             yield list(zip(positions.tolist(), indices.tolist(), strict=True))
 
 
-def train_batches(
-    images: Images, order: TrainOrder, first_step: int, last_step: int, workers: int = 0
+def batches_at(
+    images: Images, batches: Iterable[tuple[np.ndarray, np.ndarray]], workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, labels) of every micro-batch of this rank; ValueError names a file that cannot be read."""
-    return _load(images, _Batches(order.micro_batches_from(first_step, last_step), order), workers)
-
-
-def val_batches(images: Images, batch: int, rank: int = 0, world: int = 1, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, labels) of this rank's part of a split, each image once."""
-    mine = np.arange(rank, len(images), world)
-    return _load(images, _Batches([mine[start : start + batch] for start in range(0, len(mine), batch)]), workers)
-
-
-def _load(images: Images, batches: _Batches, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images (B, 3, h, w), labels (B,)) for each (positions, indices); ValueError names a file that cannot be read."""
     loader = DataLoader(
-        images, batch_sampler=batches, num_workers=workers, collate_fn=_collate, pin_memory=torch.cuda.is_available()
+        images,
+        batch_sampler=_Batches(batches),
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or opening a loader would draw from the generator that seeds the training step
     )
     for batch in loader:
         if isinstance(batch, ValueError):
             raise batch
         yield batch
+
+
+def train_batches(
+    images: Images, order: TrainOrder, first_step: int, last_step: int, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every micro-batch of this rank."""
+    return batches_at(images, order.micro_batches_from(first_step, last_step), workers)
+
+
+def val_batches(images: Images, batch: int, rank: int = 0, world: int = 1, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of a split, each image once."""
+    return batches_at(images, ((mine, mine) for mine in in_order(len(images), batch, rank, world)), workers)
+
+
+def in_order(size: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:
+    """Sample numbers rank, rank + world, ... in batches."""
+    mine = np.arange(rank, size, world)
+    for start in range(0, len(mine), batch):
+        yield mine[start : start + batch]
 
 
 def read_fashion_mnist() -> tuple[np.ndarray, np.ndarray]:

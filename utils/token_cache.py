@@ -19,7 +19,7 @@ from torch import Tensor
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE
 from utils.config import from_dict
-from utils.data import TrainOrder
+from utils.data import TrainOrder, in_order
 
 ROWS_PER_SHARD = 1 << 17
 ARRAYS = {"tokens": np.uint16, "labels": np.int32, "source": np.int32}
@@ -133,14 +133,13 @@ class TokenCache:
 
     def train_batches(self, order: TrainOrder, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(tokens, labels) of every micro-batch of this rank."""
-        for positions in order.micro_batches_from(first_step, last_step):
-            yield self.gather(order.indices(positions))
+        for _, indices in order.micro_batches_from(first_step, last_step):
+            yield self.gather(indices)
 
     def val_batches(self, batch: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """(tokens, labels) of this rank's part, each row once."""
-        mine = np.arange(rank, self.rows, world)
-        for start in range(0, len(mine), batch):
-            yield self.gather(mine[start : start + batch])
+        for indices in in_order(self.rows, batch, rank, world):
+            yield self.gather(indices)
 
 
 def read_manifest(directory: str | Path) -> Manifest:

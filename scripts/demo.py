@@ -1,0 +1,204 @@
+"""The main job from end to end on the embedded images: tokenizer, M-VAR, samples, and figures that say how good they are.
+
+Runs the commands that anybody would run, each as its own process, bounded by time: under 10 minutes on two CPU cores.
+Everything it makes lies in out/demo/; a second run resumes where the first was stopped.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+from utils import cli, plots
+from utils.checkpoint import load_tokenizer
+from utils.cli import flag
+from utils.data import FASHION_MNIST_CLASSES, Images, export_fashion_mnist, read_folders
+from utils.log import read_metrics
+from utils.token_cache import TokenCache
+
+NUM_SAMPLES = 1000
+RECONSTRUCTIONS = 16
+NEEDED_DIVERSITY = 0.6
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Flags of scripts/demo.py."""
+
+    out: str = flag("out/demo", "directory of everything made")
+    tokenizer_minutes: float = flag(2.75, "training time of the tokenizer")
+    transformer_minutes: float = flag(4.5, "training time of the transformer")
+
+
+def precision() -> int:
+    """--fp16 for this machine: bfloat16 on a GPU or a CPU that multiplies matrices much faster in it, else float32."""
+    if torch.cuda.is_available():
+        return 2
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.ones(1024, 1024, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return 2 if seconds(torch.bfloat16) < 0.5 * seconds(torch.float32) else 0
+
+
+def run(title: str, *command: str | Path) -> None:
+    """Run a command of this repository from its root; its output is shown, its failure ends the demo."""
+    words = [str(word) for word in command]
+    print(f"\n--- {title}\n    python {' '.join(words)}", flush=True)
+    status = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
+    if status:
+        raise ValueError(f"{words[0]} ended with exit code {status}: see its message above")
+
+
+def unigram_entropy(train: TokenCache, val: TokenCache) -> float:
+    """Cross-entropy, in nats per token, of held-out tokens under the frequency of each code in training: no context at all."""
+    tokens, _ = train.gather(np.arange(len(train)))
+    frequency = np.bincount(tokens.numpy().ravel(), minlength=train.manifest.num_codes) + 1.0
+    held_out, _ = val.gather(np.arange(len(val)))
+    return float(-np.log(frequency / frequency.sum())[held_out.numpy()].mean())
+
+
+def load_pixels(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """split -> grey images (N, 32 * 32) in [0, 1] and labels."""
+    splits = {}
+    for split, files in zip(("train", "val"), read_folders(root), strict=True):
+        pixels = [np.asarray(Image.open(path).convert("L"), np.float32).ravel() / 255 for path in files.paths]
+        splits[split] = np.stack(pixels), np.array(files.labels)
+    return splits
+
+
+def diversity(pixels: np.ndarray, labels: np.ndarray) -> float:
+    """Mean Euclidean distance between two images of one class, over all pairs, averaged over the classes."""
+    values = []
+    for label in np.unique(labels):
+        x = torch.from_numpy(pixels[labels == label])
+        values.append(torch.pdist(x).mean().item())
+    return float(np.mean(values))
+
+
+def judge_samples(images: Path, samples: Path) -> dict[str, float]:
+    """What a classifier fitted on real images says of the samples, and how different they are, beside real held-out images."""
+    real = load_pixels(images)
+    with np.load(samples, allow_pickle=False) as archive:
+        made, asked = archive["arr_0"], archive["labels"]
+    grey = np.stack([np.asarray(Image.fromarray(image).convert("L"), np.float32).ravel() / 255 for image in made])
+    classifier = LogisticRegression(max_iter=200, C=0.1).fit(*real["train"])
+    return {
+        "recognised_samples": float(classifier.score(grey, asked)),
+        "recognised_real": float(classifier.score(*real["val"])),
+        "diversity_samples": diversity(grey, asked),
+        "diversity_real": diversity(*real["val"]),
+    }
+
+
+def draw_reconstructions(images: Path, tokenizer_run: Path, out: Path) -> None:
+    """Held-out images above what the tokenizer makes of them."""
+    _, val = read_folders(images)
+    tokenizer = load_tokenizer(tokenizer_run)
+    chosen = np.linspace(0, len(val.paths) - 1, RECONSTRUCTIONS).astype(int)
+    dataset = Images(val, tokenizer.config.image_shape[0], resize=1.0)
+    originals = torch.stack([dataset[(i, i)][0] for i in chosen.tolist()])
+    decoded = tokenizer.decode(tokenizer.encode(originals))
+    rows = [plots.to_uint8((batch + 1) / 2) for batch in (originals, decoded)]
+    plots.grid(rows, ["held out", "decoded"]).save(out)
+
+
+def draw_curves(tokenizer_run: Path, transformer_run: Path, entropy: float, out: Path) -> None:
+    def line(run: Path, name: str) -> list[tuple[int, float]]:
+        return [(entry["step"], entry[name]) for entry in read_metrics(run) if name in entry]
+
+    quality = {"training batch": line(tokenizer_run, "psnr"), "held out": line(tokenizer_run, "val_psnr")}
+    losses = {"training batch": line(transformer_run, "loss"), "held out": line(transformer_run, "val_loss")}
+    panels = [
+        {"title": "tokenizer", "x": "step", "y": "PSNR (dB)", "lines": quality},
+        {
+            "title": "M-VAR",
+            "x": "step",
+            "y": "cross-entropy (nats per token)",
+            "lines": losses,
+            "levels": {"code frequencies alone": entropy},
+        },
+    ]
+    plots.curves(out, panels)
+
+
+def report(metrics: dict[str, float], out: Path) -> str:
+    relative = metrics["diversity_samples"] / metrics["diversity_real"]
+    return f"""
+Done in {metrics["minutes"]:.1f} minutes. In {out}/:
+  reconstructions.png  held-out images above what the tokenizer makes of them, {metrics["val_psnr"]:.2f} dB
+  samples.png          generated images, a row per class
+  scales.png           images building up from 1x1 to 4x4 token maps
+  curves.png           training curves
+  metrics.json         all figures; tokenizer/ and transformer/ hold the checkpoints
+
+What the figures mean:
+  validation loss      {metrics["val_loss"]:.3f} nats per token; the frequencies of the codes alone give {metrics["unigram_entropy"]:.3f}
+  class recognised     in {metrics["recognised_samples"]:.1%} of {NUM_SAMPLES} samples, in {metrics["recognised_real"]:.1%} of real held-out images,
+                       by a classifier fitted on real training images (logistic regression on pixels)
+  variety in a class   {metrics["diversity_samples"]:.2f} between samples, {metrics["diversity_real"]:.2f} between real images (mean pixel distance):
+                       {relative:.0%}; under {NEEDED_DIVERSITY:.0%} would mean that the model repeats itself
+"""  # noqa: E501
+
+
+def main() -> None:
+    config = cli.parse(DemoConfig, __doc__)
+    start = time.monotonic()
+    out = Path(config.out)
+    images, tokenizer, tokens, transformer = (out / name for name in ("images", "tokenizer", "tokens", "transformer"))
+    fp16 = precision()
+    print(f"writing the embedded images ({len(FASHION_MNIST_CLASSES)} classes) to {images}")
+    export_fashion_mnist(images)
+
+    run(
+        "1/5 training the tokenizer: images <-> 1+4+9+16 tokens",
+        *("scripts/train_tokenizer.py", "--data_path", images, "--out", tokenizer, "--preset", "f8-32"),
+        *("--resize=1", "--bs=32", f"--max_minutes={config.tokenizer_minutes}", f"--fp16={fp16}"),
+    )
+    if not (tokens / "manifest.json").exists():
+        run(
+            "2/5 encoding the images once",
+            *("scripts/cache_tokens.py", "--vae", tokenizer, "--data_path", images, "--out", tokens),
+            *("--resize=1", "--center_crop"),
+        )
+    run(
+        "3/5 training M-VAR on the tokens",
+        *("train.py", "--token_cache", tokens, "--local_out_dir_path", transformer),
+        *("--depth=6", "--width=192", "--heads=3", "--bs=64", "--tblr=4e-3", "--alng=1e-2", "--wpe=0.01"),
+        *("--ema=0.99", "--twd=0.05", f"--max_minutes={config.transformer_minutes}", f"--fp16={fp16}", "--seed=0"),
+    )
+    sampling = ("sample.py", "--ckpt", transformer, "--overwrite", "--cfg=1.5", "--top_k=0", "--top_p=0.96", "--seed=1")
+    samples = out / "samples.npz"
+    run("4/5 sampling", *sampling, "--format=npz", f"--num={NUM_SAMPLES}", "--batch=100", "--out", samples)
+    run("5/5 pictures", *sampling, "--format=grid", "--out", out / "samples.png")
+    run("5/5 pictures", *sampling, "--format=scales", "--out", out / "scales.png")
+
+    draw_reconstructions(images, tokenizer, out / "reconstructions.png")
+    entropy = unigram_entropy(TokenCache(tokens, "train"), TokenCache(tokens, "val"))
+    draw_curves(tokenizer, transformer, entropy, out / "curves.png")
+    last = {name: value for run_ in (tokenizer, transformer) for name, value in read_metrics(run_)[-1].items()}
+    metrics = {name: last[name] for name in ("val_loss", "val_loss_last", "val_accuracy", "val_accuracy_last", "val_psnr")}
+    metrics |= {"unigram_entropy": entropy, **judge_samples(images, samples)}
+    metrics["minutes"] = (time.monotonic() - start) / 60
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    print(report(metrics, out))
+
+
+if __name__ == "__main__":
+    cli.run(main)
