@@ -42,7 +42,8 @@ def chunked_scan(
     x (batch, L, H, P); dt (batch, L, H) > 0; A (H,) < 0; B, C (batch, L, N); state (batch, H, P, N), None at the first token.
     Returns y (batch, L, H, P) in x's dtype and the state after the last token. Steps, decays, C B^T and states are computed in
     float32 at least. Decays are exponentials of differences of cumulative sums, never quotients of exponentials, so they
-    cannot overflow; and the difference is cut at 0 before the exponential, so the unused half cannot either.
+    cannot overflow; and the difference is cut at 0 before the exponential, so the unused half cannot either. The sums of
+    dt * A over a chunk should stay under some thousands (trained models: under a hundred), or differences lose digits.
     """
     length = x.shape[1]
     num_chunks = math.ceil(length / max_chunk)

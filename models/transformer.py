@@ -72,7 +72,7 @@ class TransformerConfig:
         unknown = sorted(set(self.blocks) - set(FAMILIES))
         if unknown or not self.blocks:
             raise ValueError(f"block kinds {unknown or '()'}: every block is one of {', '.join(FAMILIES)}")
-        if self.width % self.heads:
+        if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
         if self.window < 1 or self.window % 2 == 0:
             raise ValueError(f"window={self.window}: give an odd number, such as 7")

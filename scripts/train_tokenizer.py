@@ -175,7 +175,7 @@ class TokenizerTrainer:
     def _save(self) -> None:
         if self.ranks.is_main:
             description = Description("tokenizer", self.class_names, None, asdict(self.config))
-            training = {"seconds": self.seconds}
+            training = {"seconds": self.seconds, "hits": self.hits.tolist()}
             optimizer = self.optimizer.state_dict()
             save_checkpoint(self.run, self.step, self.tokenizer, description, training, optimizer, keep=self.config.keep)
         self.ranks.barrier()
@@ -191,6 +191,7 @@ class TokenizerTrainer:
         training, optimizer, _ = load_training(checkpoint, self.tokenizer)
         self.optimizer.load_state_dict(optimizer)
         self.step, self.seconds = training["step"], training["seconds"]
+        self.hits.copy_(torch.tensor(training["hits"]))
 
 
 def psnr(squared_error: Tensor) -> Tensor:

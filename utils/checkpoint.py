@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,21 @@ from models.transformer import ScaleTransformer, TransformerConfig
 from utils import official
 from utils.config import from_dict, to_dict
 
+# What torch.load and safetensors raise on files that are damaged or something else altogether.
+UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 KINDS = {"tokenizer": (TokenizerConfig, VQVAE), "transformer": (TransformerConfig, ScaleTransformer)}
 MODEL_FILES = ("config.json", "model.safetensors")
 
@@ -105,7 +121,7 @@ def locate(source: str | Path, wanted: str) -> Path:
     if path.is_file():
         return path.parent if path.name == "model.safetensors" and (path.parent / "config.json").exists() else path
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?", str(source))
-    if match is None or path.suffix in (".pth", ".pt", ".safetensors"):
+    if match is None or (match[2] is None and path.suffix in (".pth", ".pt", ".safetensors")):
         raise FileNotFoundError(f"{source}: no such file or directory; give a {wanted} file, a directory or owner/name:file")
     return _download(match[1], match[2], str(source))
 
@@ -131,7 +147,7 @@ def read_tensors(path: Path) -> dict:
         if path.suffix == ".safetensors":
             return load_file(path)
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{path}: not a readable weights file ({reason}): give a .safetensors or a .pth of plain tensors"
@@ -147,6 +163,8 @@ def read_model_config(directory: Path, kind: str) -> TokenizerConfig | Transform
     values = _read_json(path)
     if values.get("kind") != kind:
         raise ValueError(f"{path}: describes a {values.get('kind', 'model of other code')}, not a {kind}")
+    if "model" not in values:
+        raise ValueError(f'{path}: has no "model": it is not a config.json of this project')
     return from_dict(KINDS[kind][0], values["model"], str(path))
 
 
@@ -179,7 +197,7 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> nn.Module
 def written_aside(target: Path) -> Iterator[Path]:
     """A new directory to write into, renamed to `target` once everything in it is on disk; on any error it is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.parent / f".{target.name}.writing"
+    aside, replaced = (target.parent / f".{target.name}.{state}" for state in ("writing", "replaced"))
     shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
     aside.mkdir()
     try:
@@ -187,8 +205,11 @@ def written_aside(target: Path) -> Iterator[Path]:
         for file in aside.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():
+            os.rename(target, replaced)
         os.rename(aside, target)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -236,7 +257,7 @@ def save_checkpoint(
             write_tensors(directory / "ema.safetensors", ema)
         torch.save(optimizer_state, directory / "optimizer.pt")
         (directory / "train_state.json").write_text(json.dumps({"step": step, **training}) + "\n")
-    for old in checkpoints(run)[:-keep]:
+    for old in [path for path in checkpoints(run)[:-keep] if path != target]:
         shutil.rmtree(old)
     return target
 

@@ -142,6 +142,7 @@ def transformer_from_official(tensors: StateDict, family: str | None, source: st
     """
     tensors = unnest(tensors, TRANSFORMER_NESTS)
     needed = ("pos_1LC", "class_emb.weight", "lvl_embed.weight", "word_embed.weight", "head.weight")
+    needed += ("blocks.0.ffn.fc1.weight",)
     require(tensors, needed, source, "a released transformer")
     has_mamba = any(".mamba." in name for name in tensors)
     family = family or ("mvar" if has_mamba else "var")
@@ -201,7 +202,9 @@ def tokenizer_from_official(tensors: StateDict, sides: tuple | None, source: str
         sides = Pyramid.standard(hits.shape[0]).sides
     channels = tensors["encoder.conv_in.weight"].shape[0]
     num_levels = count(tensors, r"encoder\.down\.(\d+)\.")
-    widths = [tensors[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(num_levels)]
+    convolutions = tuple(f"encoder.down.{i}.block.0.conv2.weight" for i in range(num_levels))
+    require(tensors, convolutions, source, "a released VQVAE")
+    widths = [tensors[name].shape[0] for name in convolutions]
     num_codes, code_dim = tensors["quantize.embedding.weight"].shape
     one_per_scale = any(re.match(r"quantize\.quant_resi\.\d", name) for name in tensors)
     config = TokenizerConfig(

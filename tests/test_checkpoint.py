@@ -1,0 +1,381 @@
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from golden_weights import tokenizer, tokenizer_weights, transformer, transformer_weights
+from safetensors.torch import save_file
+from small_models import small_tokenizer, small_transformer
+
+from utils.checkpoint import (
+    Description,
+    checkpoints,
+    latest_checkpoint,
+    load_description,
+    load_tokenizer,
+    load_training,
+    load_transformer,
+    read_tensors,
+    save_checkpoint,
+    save_model,
+    written_aside,
+)
+
+TRANSFORMER = Description("transformer", class_names=["cat", "dog"], tokenizer="vae.pth", training={"seed": 3})
+TOKENIZER = Description("tokenizer")
+
+
+class Code:
+    """Unpickling this makes a directory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_transformer()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """Released files of the golden models."""
+    directory = tmp_path_factory.mktemp("released")
+    torch.save(transformer_weights("mvar_tiny"), directory / "mvar.pth")
+    torch.save(transformer_weights("var_tiny"), directory / "var.pth")
+    torch.save({"epoch": 1, "trainer": {"var_wo_ddp": transformer_weights("var_tiny")}}, directory / "training.pth")
+    torch.save(tokenizer_weights("1234_qsr4"), directory / "vae.pth")
+    torch.save({"trainer": {"vae_local": tokenizer_weights("1234_qsr4")}}, directory / "vae_training.pth")
+    return directory
+
+
+def saved(path: Path, model: torch.nn.Module, description: Description) -> Path:
+    path.mkdir(parents=True)
+    save_model(path, model, description)
+    return path
+
+
+def save_step(run: Path, step: int, model: torch.nn.Module, **options) -> Path:
+    return save_checkpoint(run, step, model, TRANSFORMER, {"epoch": 1}, {"lr": 0.5}, **options)
+
+
+def assert_same_model(ours: torch.nn.Module, other: torch.nn.Module) -> None:
+    assert ours.config == other.config
+    assert not ours.training
+    for (name, a), b in zip(ours.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+# --- released files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("file", "name"), [("mvar", "mvar_tiny"), ("var", "var_tiny"), ("training", "var_tiny")])
+def test_released_transformer(files, file, name):
+    assert_same_model(load_transformer(files / f"{file}.pth"), transformer(name))
+
+
+@pytest.mark.parametrize("file", ["vae", "vae_training"])
+def test_released_tokenizer(files, file):
+    assert_same_model(load_tokenizer(files / f"{file}.pth"), tokenizer("1234_qsr4"))
+
+
+def test_released_tokenizer_with_another_pyramid(files):
+    assert load_tokenizer(str(files / "vae.pth"), sides=(1, 2, 4)).config.sides == (1, 2, 4)
+
+
+def test_released_file_as_safetensors(files, tmp_path):
+    save_file(transformer_weights("mvar_tiny"), tmp_path / "mvar.safetensors")
+    assert_same_model(load_transformer(tmp_path / "mvar.safetensors"), transformer("mvar_tiny"))
+
+
+def test_family_of_a_released_file(files):
+    assert load_transformer(files / "var.pth", family="markov").config.blocks == ("markov", "markov")
+    with pytest.raises(ValueError, match=r"mvar\.pth: family 'var' does not fit"):
+        load_transformer(files / "mvar.pth", family="var")
+
+
+def test_released_file_has_no_description(files):
+    assert load_description(files / "vae.pth") is None
+
+
+# --- wrong files --------------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_given_as_transformer(files):
+    with pytest.raises(ValueError, match="not a released transformer: pos_1LC.* missing.* a released VQVAE tokenizer"):
+        load_transformer(files / "vae.pth")
+
+
+def test_transformer_given_as_tokenizer(files):
+    with pytest.raises(ValueError, match=r"quantize\.embedding\.weight.* missing.*seems to be a released M-VAR transformer"):
+        load_tokenizer(files / "mvar.pth")
+
+
+def test_extra_key_is_named(tmp_path):
+    torch.save(transformer_weights("var_tiny") | {"extra.weight": torch.zeros(2)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"unexpected extra\.weight; .* a released VAR or MVAR transformer"):
+        load_transformer(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("name", ["blocks.1.ffn.fc2.bias", "blocks.0.ffn.fc1.weight", "lvl_embed.weight"])
+def test_missing_key_of_a_transformer_is_named(tmp_path, name):
+    weights = transformer_weights("var_tiny")
+    del weights[name]
+    torch.save(weights, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=rf"x\.pth: .*{name}.*"):
+        load_transformer(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("name", ["decoder.conv_out.bias", "encoder.down.2.block.0.conv2.weight"])
+def test_missing_key_of_a_tokenizer_is_named(tmp_path, name):
+    weights = tokenizer_weights("1234_qsr4")
+    del weights[name]
+    torch.save(weights, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x\.pth: .*(decoder\.conv_out\.bias|encoder\.(down|levels)\.2\.)"):
+        load_tokenizer(tmp_path / "x.pth")
+
+
+def test_wrong_shape_is_named(tmp_path):
+    weights = transformer_weights("var_tiny") | {"head.bias": torch.zeros(63)}
+    torch.save(weights, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"head\.bias has shape \(63,\), the model wants \(64,\)"):
+        load_transformer(tmp_path / "x.pth")
+
+
+def test_weights_of_other_models(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pth")
+    with pytest.raises(ValueError, match=r"first keys are conv1\.weight; the file seems to be none of the released models"):
+        load_transformer(tmp_path / "resnet.pth")
+
+
+def test_our_weights_without_their_configuration(tmp_path, model):
+    path = saved(tmp_path / "ours", model, TRANSFORMER)
+    (path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"weights of a transformer of this project: load them with their config\.json"):
+        load_transformer(path / "model.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.999])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_truncated_file(tmp_path, suffix, kept):
+    whole, cut = tmp_path / f"whole{suffix}", tmp_path / f"cut{suffix}"
+    (torch.save if suffix == ".pth" else save_file)({"a": torch.zeros(1000)}, whole)
+    contents = whole.read_bytes()
+    cut.write_bytes(contents[: kept if isinstance(kept, int) else int(kept * len(contents))])
+    with pytest.raises(ValueError, match=f"cut{suffix}: not a readable weights file"):
+        load_transformer(cut)
+
+
+@pytest.mark.parametrize("start", ["hello", "# Title", "<html>", '{"a": 1}', "version https://git-lfs"])
+def test_text_file(tmp_path, start):
+    for suffix in (".pth", ".safetensors"):
+        path = tmp_path / f"text{suffix}"
+        path.write_text(f"{start} is no pickle\n")
+        with pytest.raises(ValueError, match="not a readable weights file"):
+            load_tokenizer(path)
+
+
+def test_text_file_of_any_first_letter(tmp_path):
+    """Pickle takes letters for instructions, which fail each in their own way."""
+    path = tmp_path / "text.pth"
+    for letter in map(chr, range(32, 127)):
+        path.write_text(f"{letter}\nsome more text\n")
+        with pytest.raises(ValueError, match="not a readable weights file"):
+            read_tensors(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("dump", [torch.save, lambda contents, path: path.write_bytes(pickle.dumps(contents))])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, dump):
+    marker = tmp_path / "was run"
+    dump({"pos_1LC": Code(marker)}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match=r"evil\.pth: not a readable weights file"):
+        load_transformer(tmp_path / "evil.pth")
+    assert not marker.exists()
+
+
+def test_something_else_than_a_dictionary(tmp_path):
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"list\.pth: holds a list"):
+        load_tokenizer(tmp_path / "list.pth")
+
+
+@pytest.mark.parametrize("name", ["absent.pth", "a/b/c", "absent.safetensors", "a/absent.pth"])
+def test_missing_path(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"{name}: no such file or directory"):
+        load_transformer(name)
+
+
+def test_directory_without_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        load_transformer(tmp_path)
+
+
+def test_hub_file(files, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *names: asked.append(names) or str(files / "vae.pth"))
+    assert load_tokenizer("someone/models:vae.pth").config.num_codes == 64
+    assert asked == [("someone/models", "vae.pth")]
+
+
+def test_hub_out_of_reach(monkeypatch):
+    def unreachable(*names):
+        raise OSError("no network\nlong story")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"someone/models: neither .* from the hub \(no network\)"):
+        load_tokenizer("someone/models")
+
+
+# --- our format ---------------------------------------------------------------------------------------------------------
+
+
+def test_transformer_round_trip(tmp_path):
+    model = small_transformer("mvar", depth=3, global_blocks=1, drop_path=0.1, sides=(1, (2, 3), (4, 4)))
+    path = saved(tmp_path / "ours", model, TRANSFORMER)
+    assert_same_model(load_transformer(path), model)
+    assert_same_model(load_transformer(path / "model.safetensors"), model)
+    assert load_description(path) == TRANSFORMER
+
+
+def test_tokenizer_round_trip(tmp_path):
+    model = small_tokenizer(normalize_lookup=True, num_phi=0)
+    path = saved(tmp_path / "ours", model, TOKENIZER)
+    assert_same_model(load_tokenizer(path), model)
+
+
+def test_tokenizer_of_ours_with_another_pyramid(tmp_path):
+    path = saved(tmp_path / "ours", small_tokenizer(), TOKENIZER)
+    assert load_tokenizer(path, sides=(1, 4)).config.sides == (1, 4)
+
+
+def test_other_family_for_weights_of_ours(tmp_path, model):
+    path = saved(tmp_path / "ours", model, TRANSFORMER)
+    assert load_transformer(path, family="markov-mamba").config.blocks == ("markov-mamba",) * 2
+    with pytest.raises(ValueError, match="unexpected blocks.0.mixers.1"):
+        load_transformer(path, family="var")
+
+
+def test_wrong_kind_of_model(tmp_path, model):
+    path = saved(tmp_path / "ours", model, TRANSFORMER)
+    with pytest.raises(ValueError, match="describes a transformer, not a tokenizer"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values["model"].update(widht=3), "has no field widht"),
+        (lambda values: values["model"].pop("sides"), "needs sides"),
+        (lambda values: values.pop("kind"), "describes a model of other code"),
+        (lambda values: values.pop("model"), "model"),
+    ],
+)
+def test_configuration_is_read_strictly(tmp_path, model, change, message):
+    path = saved(tmp_path / "ours", model, TRANSFORMER) / "config.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
+        load_transformer(path.parent)
+
+
+def test_broken_configuration(tmp_path, model):
+    path = saved(tmp_path / "ours", model, TRANSFORMER)
+    (path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
+        load_transformer(path)
+
+
+# --- written aside ------------------------------------------------------------------------------------------------------
+
+
+def write_and_fail(target: Path) -> None:
+    with written_aside(target) as directory:
+        (directory / "file").write_text("new")
+        raise KeyboardInterrupt
+
+
+def test_written_aside_appears_under_its_name_at_the_end(tmp_path):
+    target = tmp_path / "new" / "step_1"
+    with written_aside(target) as directory:
+        (directory / "file").write_text("new")
+        assert not target.exists()
+    assert (target / "file").read_text() == "new"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_error_leaves_no_target(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_and_fail(tmp_path / "step_1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_error_leaves_an_older_target_untouched(tmp_path):
+    target = tmp_path / "step_1"
+    target.mkdir()
+    (target / "file").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        write_and_fail(target)
+    assert list(tmp_path.iterdir()) == [target]
+    assert (target / "file").read_text() == "old"
+
+
+def test_older_target_and_remains_of_a_killed_process_are_replaced(tmp_path):
+    target = tmp_path / "step_1"
+    for path in (target, tmp_path / ".step_1.writing"):
+        path.mkdir()
+        (path / "stale").touch()
+    with written_aside(target) as directory:
+        (directory / "file").touch()
+    assert [path.name for path in target.iterdir()] == ["file"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+# --- checkpoints of a run -----------------------------------------------------------------------------------------------
+
+
+def test_keep_bounds_the_number_of_checkpoints(tmp_path, model):
+    for step in (8, 9, 10, 11):
+        save_step(tmp_path, step, model, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_10", "step_11"]
+    assert latest_checkpoint(tmp_path).name == "step_11"
+
+
+def test_latest_ignores_half_written_and_foreign_directories(tmp_path, model):
+    save_step(tmp_path, 5, model)
+    for name in (".step_7.writing", "step_final", "step_8.tmp", "other"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert latest_checkpoint(tmp_path).name == "step_5"
+
+
+def test_no_checkpoint_yet(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_averaged_weights_are_loaded_unless_told(tmp_path, model):
+    averaged = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    save_step(tmp_path, 5, model, ema=averaged)
+    assert torch.equal(load_transformer(tmp_path).head.bias, averaged["head.bias"])
+    assert_same_model(load_transformer(tmp_path, ema=False), model)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_training_state_round_trip(tmp_path, model, ema):
+    averaged = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    path = save_step(tmp_path, 5, model, ema=averaged if ema else None)
+    other = small_transformer().train()
+    torch.nn.init.zeros_(other.head.weight)
+    training, optimizer, loaded = load_training(path, other)
+    assert training == {"step": 5, "epoch": 1}
+    assert optimizer == {"lr": 0.5}
+    assert other.training
+    assert_same_model(other.eval(), model)
+    assert (loaded is not None) == ema
+    assert all(torch.equal(loaded[name], averaged[name]) for name in loaded or ())

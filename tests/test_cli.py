@@ -1,0 +1,76 @@
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+from commands import ROOT
+
+from utils import cli
+from utils.cli import flag, required
+from utils.config import from_dict, to_dict
+
+
+@dataclass(frozen=True)
+class Example:
+    source: str = required("where from")
+    size: int = flag(3, "how large", "--length")
+    fast: bool = flag(False, "at once")
+    rate: float | None = flag(None, "how often")
+
+    def __post_init__(self):
+        if self.size < 0:
+            raise ValueError(f"--size={self.size}: give 0 or more")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--source=a"], Example("a")),
+        (["--source", "a", "--length=5", "--fast"], Example("a", 5, True)),
+        (["--source=a", "--fast=False", "--rate=0.5"], Example("a", rate=0.5)),
+        (["--source=a", "--fast=1"], Example("a", fast=True)),
+    ],
+)
+def test_flags_fill_the_dataclass(words, expected):
+    assert cli.parse(Example, "", words) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "arguments are required: --source"),
+        (["--source=a", "--size=-1"], "--size=-1: give 0 or more"),
+        (["--source=a", "--fast=maybe"], "'maybe' is neither true nor false"),
+        (["--source=a", "--siz=1"], "unrecognized arguments: --siz=1"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.parse(Example, "", words)
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def test_the_traceback_can_be_asked_for(tmp_path):
+    program = "from utils import cli\ndef main(): raise ValueError('wrong\\nhere')\ncli.run(main)"
+    shown = {}
+    for wanted in ("0", "1"):
+        environment = {**os.environ, "MVAR_TRACEBACK": wanted, "RANK": "1"}
+        words = [sys.executable, "-c", program]
+        result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 1
+        shown[wanted] = result.stderr
+    assert shown["0"].endswith("[rank 1]: error: wrong here\n")
+    assert "Traceback" in shown["1"]
+
+
+def test_configuration_survives_a_dictionary_and_unknown_keys_do_not():
+    example = Example("a", 7)
+    assert from_dict(Example, to_dict(example), "file") == example
+    with pytest.raises(ValueError, match="file: Example has no field colour"):
+        from_dict(Example, {**to_dict(example), "colour": 1}, "file")
+    with pytest.raises(ValueError, match="file: Example needs source"):
+        from_dict(Example, {}, "file")

@@ -1,0 +1,90 @@
+import math
+
+import pytest
+
+from models import build_transformer
+from utils.optim import (
+    learning_rate_factor,
+    parameter_groups,
+    progressive_stage,
+    weight_decay,
+)
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    return build_transformer("mvar", 2, sides=(1, 2), width=64, heads=1, num_classes=3, num_codes=8, code_dim=4)
+
+
+def test_every_parameter_is_in_one_group(transformer):
+    decayed, exempt = parameter_groups(transformer)
+    everything = [id(p) for p in transformer.parameters()]
+    assert sorted(id(p) for group in (decayed, exempt) for p in group["params"]) == sorted(everything)
+
+
+@pytest.mark.parametrize(
+    ("name", "decays"),
+    [
+        ("class_embed.weight", True),
+        ("blocks.0.mixers.0.qkv.weight", True),
+        ("blocks.0.mixers.1.conv1d.weight", True),
+        ("blocks.0.modulation.1.weight", True),
+        ("head.weight", True),
+        ("head.bias", False),
+        ("position_embed", False),
+        ("start_embed", False),
+        ("scale_embed.weight", False),
+        ("blocks.0.mixers.0.log_scale", False),
+        ("blocks.0.mixers.1.A_log", False),
+        ("blocks.0.mixers.1.norm.weight", False),
+    ],
+)
+def test_weight_decay_exclusions(transformer, name, decays):
+    parameter = dict(transformer.named_parameters())[name]
+    decayed, _ = parameter_groups(transformer)
+    assert any(parameter is p for p in decayed["params"]) == decays
+
+
+@pytest.mark.parametrize(
+    ("schedule", "progress", "factor"),
+    [
+        ("lin0", 0.0, 0.005),
+        ("lin0", 0.01, (0.005 + 1) / 2),
+        ("lin0", 0.02, 1.0),
+        ("lin0", 0.02 + 0.98 * 0.04, 1.0),
+        ("lin0", 0.02 + 0.98 * 0.525, 0.1 + 0.9 * 0.5),
+        ("lin0", 1.0, 0.1),
+        ("lin00", 0.51, 0.55),
+        ("lin", 1.0, 0.1),
+        ("cos", 0.51, 0.55),
+        ("exp", 1.0, 0.1),
+        ("exp", 0.02 + 0.98 * 0.575, math.sqrt(0.1)),
+        ("lin0.5", 0.02, 1.0),
+        ("lin0.5", 0.51, (1 + 0.55) / 2),
+        ("lin0.5", 1.0, 0.1),
+    ],
+)
+def test_learning_rate_schedules(schedule, progress, factor):
+    assert learning_rate_factor(schedule, progress, warmup=0.02, start=0.005, end=0.1) == pytest.approx(factor)
+
+
+def test_weight_decay_is_half_a_cosine():
+    values = [weight_decay(progress, 0.05, 0.08) for progress in (0, 0.5, 1)]
+    assert values == pytest.approx([0.05, 0.065, 0.08])
+
+
+def test_without_progressive_training_all_scales_are_trained():
+    assert progressive_stage(0.0, 10, until=0.0, first=4, warmup=0.02, stage_warmup=0.01) == (10, 1.0)
+
+
+def test_progressive_training_adds_scales_one_by_one_and_fades_each_in():
+    stages = [progressive_stage(i / 1000, 10, until=0.5, first=4, warmup=0.02, stage_warmup=0.01) for i in range(1001)]
+    counts = [count for count, _ in stages]
+    assert counts[0] == 5
+    assert counts[500] == counts[-1] == 10
+    assert all(later - earlier in (0, 1) for earlier, later in zip(counts, counts[1:], strict=False))
+    new = next(i for i, count in enumerate(counts) if count == 6)
+    weights = [weight for _, weight in stages[new : new + 11]]
+    assert weights[0] < 0.2
+    assert weights[-1] == 1.0
+    assert stages[0][1] == 1.0

@@ -1,0 +1,26 @@
+import numpy as np
+import torch
+from PIL import Image
+
+from utils import plots
+
+
+def test_images_are_rounded_to_bytes():
+    values = torch.tensor([0.0, 0.5 / 255, 0.6 / 255, 1.0, 2.0]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
+    assert plots.to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 1, 255, 255]
+
+
+def test_a_grid_keeps_every_image_whole_and_in_its_place():
+    rows = [np.full((3, 32, 32, 3), 10 * (i + 1), np.uint8) for i in range(2)]
+    rows[1][2] = 99
+    picture = np.asarray(plots.grid(rows, ["", ""]))
+    margin = picture.shape[1] - 3 * 66
+    assert (picture[:64, margin : margin + 64] == 10).all()
+    assert (picture[66:130, margin + 2 * 66 : margin + 2 * 66 + 64] == 99).all()
+
+
+def test_curves_are_drawn(tmp_path):
+    panel = {"title": "t", "x": "step", "y": "loss", "lines": {"train": [(1, 2.0), (2, 1.0)]}, "levels": {"best": 0.5}}
+    plots.curves(tmp_path / "curves.png", [panel, panel])
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > picture.height

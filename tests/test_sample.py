@@ -1,0 +1,134 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from commands import CLASSES, TINY_TOKENIZER, make_tokenizer, run_in_process, run_in_shell
+from PIL import Image
+
+import sample
+from models.transformer import build_transformer
+from utils.checkpoint import Description, save_model, written_aside
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("transformer") / "checkpoint"
+    torch.manual_seed(0)
+    transformer = build_transformer(
+        "mvar", 1, sides=TINY_TOKENIZER.sides, width=64, heads=1, num_classes=3, num_codes=32, code_dim=8
+    )
+    transformer.init_weights(gamma=0.5, head=1.0)
+    with written_aside(directory) as aside:
+        save_model(aside, transformer, Description("transformer", list(CLASSES), str(tokenizer)))
+    return directory
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    return lambda *arguments: run_in_process(sample.main, list(arguments), monkeypatch, capsys)
+
+
+def test_a_grid_has_a_row_per_class_with_its_name(checkpoint, tmp_path, command):
+    code, output, errors = command("--ckpt", checkpoint, "--out", tmp_path / "grid.png", "--classes", "fox,0")
+    assert code == 0, errors
+    assert "wrote 16 images (grid)" in output
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert picture.shape[0] == 2 * (64 + 2)
+    assert picture.shape[1] > 8 * (64 + 2)
+    margin = picture[:, : picture.shape[1] - 8 * 66]
+    assert (margin < 128).any()  # letters
+
+
+def test_scales_show_each_image_building_up(checkpoint, tmp_path, command):
+    code, _, errors = command("--ckpt", checkpoint, "--out", tmp_path / "scales.png", "--format", "scales")
+    assert code == 0, errors
+    with Image.open(tmp_path / "scales.png") as picture:
+        assert picture.height == 22 + 3 * 66
+        assert picture.width >= 4 * 66
+
+
+def test_npz_has_what_evaluators_read(checkpoint, tmp_path, command):
+    flags = ["--ckpt", checkpoint, "--out", tmp_path / "s.npz", "--format", "npz", "--num", 7, "--batch", 3, "--cfg", 2]
+    code, _, errors = command(*flags)
+    assert code == 0, errors
+    with np.load(tmp_path / "s.npz", allow_pickle=False) as archive:
+        assert archive["arr_0"].shape == (7, 16, 16, 3)
+        assert archive["arr_0"].dtype == np.uint8
+        assert archive["labels"].tolist() == [0, 0, 0, 1, 1, 2, 2]
+        assert json.loads(str(archive["settings"]))["cfg"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
+
+
+def test_png_files_are_numbered_and_named_by_class(checkpoint, tmp_path, command):
+    flags = ["--ckpt", checkpoint, "--out", tmp_path / "png", "--format", "png", "--num", 3, "--classes", "dog,none"]
+    assert command(*flags)[0] == 0
+    names = sorted(path.name for path in (tmp_path / "png").iterdir())
+    assert names == ["000000_class0001.png", "000001_class0001.png", "000002_class0003.png"]
+
+
+def test_the_same_seed_gives_the_same_images_and_batches_differ(checkpoint, tmp_path, command):
+    images = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        flags = ["--out", tmp_path / f"{name}.npz", "--format", "npz", "--num", 8, "--batch", 4, "--classes", "1"]
+        assert command("--ckpt", checkpoint, *flags, "--seed", seed)[0] == 0
+        images.append(np.load(tmp_path / f"{name}.npz")["arr_0"])
+    assert (images[0] == images[1]).all()
+    assert (images[0] != images[2]).any()
+    assert (images[0][:4] != images[0][4:]).any()  # the released dumps repeat the seed in every batch
+
+
+def test_presets_are_defaults_that_flags_override():
+    fid = sample.SampleConfig("a", "b")
+    assert (fid.cfg, fid.top_k, fid.top_p, fid.smooth) == (1.5, 900, 0.96, False)
+    visual = sample.SampleConfig("a", "b", preset="visual", cfg=3.0)
+    assert (visual.cfg, visual.smooth) == (3.0, True)
+
+
+def test_sampling_as_a_command_of_its_own(checkpoint, tmp_path):
+    flags = ["--ckpt", checkpoint, "--out", tmp_path / "grid.png", "--preset", "visual", "--num", 3]
+    result = run_in_shell("sample.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "grid.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--classes=7"], "no class '7': give numbers from 0 to 2, or names such as 'cat'"),
+        (["--classes=wolf"], "no class 'wolf'"),
+        (["--ckpt=/missing"], "/missing: no such file or directory"),
+        (["--top_p=2"], "top_p=2.0"),
+        (["--batch=0"], "--batch=0"),
+        (["--format=gif"], "invalid choice: 'gif'"),
+        (["--scan_backend=mamba_ssm"], "scan backend mamba_ssm"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wrong_flags_get_one_line(flags, message, checkpoint, tmp_path, command):
+    code, _, errors = command("--ckpt", checkpoint, "--out", tmp_path / "x.png", *flags)
+    assert code != 0
+    assert message in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten_unless_asked(checkpoint, tmp_path, command):
+    target = tmp_path / "grid.png"
+    target.write_text("mine")
+    code, _, errors = command("--ckpt", checkpoint, "--out", target, "--classes=0")
+    assert code == 1
+    assert "is there already" in errors
+    assert target.read_text() == "mine"
+    assert command("--ckpt", checkpoint, "--out", target, "--classes=0", "--overwrite")[0] == 0
+
+
+def test_a_tokenizer_is_no_transformer(checkpoint, tokenizer, tmp_path, command):
+    code, _, errors = command("--ckpt", tokenizer, "--out", tmp_path / "x.png")
+    assert code == 1
+    assert "describes a tokenizer, not a transformer" in errors

@@ -1,0 +1,132 @@
+import pytest
+import torch
+from golden_weights import IMAGES, TOKENIZERS, assert_near, every, facts, tensors, tokenizer, with_config
+from small_models import seeded, small_tokenizer
+
+from models.tokenizer import TOKENIZER_PRESETS, TokenizerConfig
+
+STRIDE = facts("tokenizer")["image_stride"]
+FEATURES = 1e-5
+
+
+@pytest.fixture(params=TOKENIZERS)
+def case(request):
+    """The tokenizer, what is golden for its pyramid and what for itself."""
+    pyramid, name = request.param.split("_")
+    shared = tensors(f"tokenizer_{pyramid}")
+    own = {key.removeprefix(f"{name}."): value for key, value in shared.items() if key.startswith(f"{name}.")}
+    return tokenizer(request.param), shared, own | facts("tokenizer")["variants"][request.param]
+
+
+@pytest.fixture(scope="module")
+def small():
+    return tokenizer("1234_qsr4"), tensors("tokenizer_1234")
+
+
+def test_golden_encoding(case):
+    model, shared, own = case
+    assert_near(model.features(shared["images"]).detach(), shared["features"], FEATURES)
+    indices = model.encode(shared["images"])
+    assert torch.equal(torch.cat(indices, dim=1), own["indices"])
+    assert model.quantizer.phi_index == tuple(own["phi_index"])
+
+
+def test_golden_sums_inputs_and_pictures(case):
+    model, _, own = case
+    indices = model.pyramid.split(own["indices"])
+    assert_near(torch.stack(list(model.quantizer.partial_sums(indices))), own["sums"], FEATURES)
+    assert_near(model.teacher_inputs(indices), own["inputs"], FEATURES)
+    assert_near(every(STRIDE, model.decode(indices)), own["reconstruction"], IMAGES)
+
+
+def test_golden_random_indices(case):
+    model, shared, own = case
+    indices = model.pyramid.split(shared["random.indices"])
+    assert_near(model.teacher_inputs(indices), own["random.inputs"], FEATURES)
+    assert_near(list(model.quantizer.partial_sums(indices))[-1], own["random.sum"], FEATURES)
+    assert_near(every(STRIDE, model.decode(indices)), own["random.images"], IMAGES)
+
+
+def test_golden_loss(case):
+    model, shared, own = case
+    quantized = model.quantizer(shared["features"])
+    assert quantized.loss.item() == pytest.approx(own["loss"], rel=1e-5)
+    assert_near(quantized.features.detach(), own["sums"][-1], FEATURES)
+
+
+@pytest.mark.parametrize("variant", ["1234_qsr4", "12358_qsr4"])
+def test_golden_pictures_after_every_scale(variant):
+    model, golden = tokenizer(variant), tensors(f"tokenizer_{variant[:-5]}")
+    indices = model.pyramid.split(golden["random.indices"])
+    for k, images in enumerate(model.decode_progressive(indices)):
+        assert_near(every(STRIDE, images), golden[f"qsr4.random.progressive.{k}"], IMAGES)
+
+
+def test_golden_growing_pictures(small):
+    model, golden = small
+    pictures = model.decode_growing(model.pyramid.split(golden["random.indices"]))
+    assert [images.shape[-1] for images in pictures] == [16, 32, 48, 64]
+    for k, images in enumerate(pictures):
+        assert_near(every(STRIDE, images), golden[f"qsr4.random.growing.{k}"], IMAGES)
+
+
+@pytest.mark.parametrize("sides", [(1, 2, 4), ((2, 1), (3, 2), (4, 4))])
+def test_golden_other_pyramid_on_the_same_weights(small, sides):
+    model, golden = small
+    other = with_config(model.config, model.state_dict(), sides=sides)
+    indices = other.encode(golden["images"])
+    assert torch.equal(torch.cat(indices, dim=1), golden[f"qsr4.{other.pyramid}.indices"])
+    assert_near(every(STRIDE, other.decode(indices)), golden[f"qsr4.{other.pyramid}.reconstruction"], IMAGES)
+
+
+def test_decode_is_the_last_picture_on_the_way(small):
+    model, golden = small
+    indices = model.pyramid.split(golden["random.indices"])
+    torch.testing.assert_close(model.decode(indices), model.decode_progressive(indices)[-1])
+
+
+def test_training_reaches_every_weight():
+    model = small_tokenizer((1, 2, 4), num_phi=0).train()
+    images = torch.rand(4, 3, 8, 8, generator=seeded()) * 2 - 1
+    reconstruction = model(images)
+    assert reconstruction.images.shape == images.shape
+    ((reconstruction.images - images).square().mean() + reconstruction.vq_loss).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_rectangular_images():
+    model = small_tokenizer((1, (2, 3), (3, 5)))
+    images = torch.rand(2, 3, 6, 10, generator=seeded()) * 2 - 1
+    indices = model.encode(images)
+    assert [scale.shape for scale in indices] == [(2, 1), (2, 6), (2, 15)]
+    assert model.decode(indices).shape == images.shape
+    assert [picture.shape[2:] for picture in model.decode_growing(indices)] == [(2, 2), (4, 6), (6, 10)]
+
+
+def test_decoded_images_stay_within_their_range():
+    pictures = small_tokenizer().decode_features(100 * torch.randn(1, 8, 9, 9, generator=seeded()))
+    assert (pictures.min(), pictures.max()) == (-1, 1)
+
+
+def test_image_of_the_wrong_size_is_named(small):
+    with pytest.raises(ValueError, match=r"32x64 px .* give 64x64 px"):
+        small[0].encode(torch.zeros(1, 3, 32, 64))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"channels": 48}, "channels=48"),
+        ({"multipliers": ()}, "multipliers"),
+        ({"num_phi": -1}, "num_phi=-1"),
+        ({"sides": (2, 1)}, "must not shrink"),
+    ],
+)
+def test_impossible_configurations(config, message):
+    with pytest.raises(ValueError, match=message):
+        TokenizerConfig(**config)
+
+
+@pytest.mark.parametrize(("name", "pixels"), [("f16-256", 256), ("f16-512", 512), ("f8-64", 64), ("f8-32", 32)])
+def test_presets_take_images_of_their_name(name, pixels):
+    assert TOKENIZER_PRESETS[name].image_shape == (pixels, pixels)

@@ -1,0 +1,372 @@
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from commands import D12, ROOT, SMALL, TINY_TOKENIZER, make_images, make_tokenizer, run_in_process, run_in_shell
+
+import train
+from dist import Ranks
+from models.transformer import ScaleTransformer
+from trainer import TrainConfig, Trainer, progressive_stage
+from utils import cli
+from utils.checkpoint import checkpoints, load_description, load_tokenizer, load_transformer
+from utils.log import read_metrics
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    return lambda *arguments: run_in_process(train.main, list(arguments), monkeypatch, capsys)
+
+
+def parse(text: str) -> TrainConfig:
+    return cli.parse(TrainConfig, "", shlex.split(text))
+
+
+# --- flags --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--depth=12 --bs=768 --ep=200 --fp16=1 --alng=1e-3 --wpe=0.1", {"depth": 12, "alng": 1e-3, "wpe": 0.1}),
+        ("--depth=16 --bs=768 --ep=200 --fp16=1 --alng=1e-3 --wpe=0.1", {"depth": 16, "bs": 768, "ep": 200, "fp16": 1}),
+        ("--depth=20 --bs=768 --ep=250 --fp16=1 --alng=1e-3 --wpe=0.1", {"depth": 20, "ep": 250}),
+        (
+            "--depth=24 --bs=768 --ep=350 --tblr=8e-5 --fp16=1 --alng=1e-4 --wpe=0.01",
+            {"depth": 24, "tblr": 8e-5, "alng": 1e-4, "peak_learning_rate": 2.4e-4},
+        ),
+        (
+            "--depth=30 --bs=1024 --ep=350 --tblr=8e-5 --fp16=1 --alng=1e-5 --wpe=0.01 --twde=0.08",
+            {"depth": 30, "bs": 1024, "twd": 0.05, "twde": 0.08, "peak_learning_rate": 3.2e-4},
+        ),
+        (
+            "--depth=36 --saln=1 --pn=512 --bs=768 --ep=350 --tblr=8e-5 --fp16=1 --alng=5e-6 --wpe=0.01 --twde=0.08",
+            {"depth": 36, "saln": True, "pn": "512", "alng": 5e-6},
+        ),
+        (
+            "--data_path=/x --ac=2 --workers=8 --pn=1_2_3_4 --hflip=True --ls=0.1 --tclip=1 --twd=0.1 --wp=2 --wp0=0.01 "
+            "--sche=cos --anorm=False --hd=0.1 --aln=0.4 --ini=0.02 --seed=3 --tfast=1 --pg=0.8 --pg0=1 --pgwp=3 "
+            "--local_out_dir_path=/y",
+            {"ac": 2, "workers": 8, "hflip": True, "ls": 0.1, "tclip": 1, "wp": 2, "wp0": 0.01, "sche": "cos"}
+            | {"anorm": False, "hd": 0.1, "aln": 0.4, "ini": 0.02, "seed": 3, "tfast": 1, "pg": 0.8, "pg0": 1, "pgwp": 3}
+            | {"schedule": "lin0.8", "local_out_dir_path": "/y", "data_path": "/x"},
+        ),
+    ],
+)
+def test_released_commands_parse_to_the_released_values(flags, expected):
+    config = parse(flags)
+    assert {name: getattr(config, name) for name in expected} == pytest.approx(expected)
+
+
+def test_defaults_are_the_released_ones():
+    released = {"depth": 16, "bs": 768, "ep": 250, "tblr": 1e-4, "twd": 0.05, "twde": 0, "tclip": 2, "ls": 0, "wp": 0}
+    released |= {"wp0": 0.005, "wpe": 0.01, "sche": "lin0", "alng": 1e-5, "aln": 0.5, "hd": 0.02, "ini": -1, "fp16": 0}
+    released |= {"ac": 1, "saln": False, "anorm": True, "hflip": False, "mid_reso": 1.125, "workers": 0, "tfast": 0}
+    released |= {"pg": 0, "pg0": 4, "pgwp": 0, "seed": None}
+    config = TrainConfig()
+    assert {name: getattr(config, name) for name in released} == released
+    assert config.warmup_share == pytest.approx(1 / 50)
+
+
+def test_long_names_stand_beside_the_released_ones():
+    assert parse("--base_lr=3e-4 --epochs=7 --grad_clip=1") == parse("--tblr=3e-4 --ep=7 --tclip=1")
+
+
+# --- running ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished_run(images, tokenizer, tmp_path_factory):
+    """The released d12 command with a small depth, batch and folder, by two processes on the CPU."""
+    run = tmp_path_factory.mktemp("run")
+    flags = [*D12, *SMALL, "--ac=2", "--vae", tokenizer, "--data_path", images, "--local_out_dir_path", run]
+    result = run_in_shell("train.py", *flags, ranks=2)
+    assert result.returncode == 0, result.stderr
+    return run
+
+
+def test_two_ranks_train_to_the_end(finished_run):
+    entries = read_metrics(finished_run)
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4]
+    assert {"val_loss", "val_loss_last", "val_accuracy", "val_accuracy_last"} <= set(entries[-1])
+    assert list(finished_run.glob("events.out.tfevents.*"))
+    assert [path.name for path in checkpoints(finished_run)] == ["step_3", "step_4"]
+    config = json.loads((finished_run / "config.json").read_text())
+    assert (config["ranks"], config["training"]["bs"], config["model"]["num_classes"]) == (2, 8, 3)
+
+
+def test_a_checkpoint_describes_itself(finished_run, tokenizer):
+    transformer = load_transformer(finished_run)
+    assert transformer.config.blocks == ("mvar", "mvar")
+    assert load_description(finished_run).tokenizer == str(tokenizer)
+    assert load_description(finished_run).class_names == ["cat", "dog", "fox"]
+
+
+def test_one_rank_takes_the_same_steps_as_two(finished_run, images, tokenizer, tmp_path, command):
+    """Class dropout draws per rank, so it is off; the rest differs by the order of float32 sums only."""
+    flags = [*SMALL, "--class_dropout=0", "--drop_path=0", "--vae", tokenizer, "--data_path", images]
+    assert command(*flags, "--local_out_dir_path", tmp_path / "one")[0] == 0
+    two = run_in_shell("train.py", *flags, "--local_out_dir_path", tmp_path / "two", ranks=2)
+    assert two.returncode == 0, two.stderr
+    losses = [[entry["loss"] for entry in read_metrics(tmp_path / name) if "loss" in entry] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_the_same_command_resumes_and_ends_as_if_never_stopped(images, tokenizer, tmp_path, command):
+    flags = [*SMALL, "--vae", tokenizer, "--data_path", images, "--save_every=2"]
+    assert command(*flags, "--local_out_dir_path", tmp_path / "whole")[0] == 0
+    stopped = tmp_path / "stopped"
+    assert command(*flags, "--local_out_dir_path", stopped)[0] == 0
+    shutil.rmtree(stopped / "checkpoints" / "step_4")
+    code, output, _ = command(*flags, "--local_out_dir_path", stopped)
+    assert code == 0
+    assert "resuming at step 2" in output
+    whole, resumed = (load_transformer(tmp_path / name, ema=False) for name in ("whole", "stopped"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    steps = [entry["step"] for entry in read_metrics(stopped) if "loss" in entry]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_killed_run_goes_on(images, tokenizer, tmp_path):
+    flags = [*SMALL, "--max_steps=400", "--save_every=2", "--vae", tokenizer, "--data_path", images]
+    flags += ["--local_out_dir_path", tmp_path / "run"]
+    words = [sys.executable, "train.py", *map(str, flags)]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not checkpoints(tmp_path / "run") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    saved = int(checkpoints(tmp_path / "run")[-1].name.removeprefix("step_"))
+    result = run_in_shell("train.py", *flags, f"--max_steps={saved + 2}")
+    assert result.returncode == 0, result.stderr
+    assert f"resuming at step {saved}" in result.stdout
+    assert checkpoints(tmp_path / "run")[-1].name == f"step_{saved + 2}"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--fp16=1"],
+        ["--fp16=2"],
+        ["--family=var", "--saln=1"],
+        ["--family=mvar", "--saln=1", "--anorm=0", "--global_blocks=0"],
+        ["--family=mvar", "--global_blocks=1"],
+        ["--family=markov", "--window_from=1"],
+        ["--family=markov-mamba"],
+        ["--pg=0.9", "--pg0=1", "--ls=0.1", "--max_steps=8"],
+        ["--workers=1", "--hflip", "--ac=2"],
+        ["--max_minutes=0.02", "--max_steps=100000", "--ema=0"],
+    ],
+    ids=" ".join,
+)
+def test_variants_train(flags, images, tokenizer, tmp_path, command):
+    run = ["--vae", tokenizer, "--data_path", images, "--local_out_dir_path", tmp_path / "run"]
+    code, _, errors = command(*SMALL, *run, *flags)
+    assert code == 0, errors
+    last = read_metrics(tmp_path / "run")[-1]
+    assert 0 < last["val_loss"] < 10
+    assert 0 <= last["val_accuracy_last"] <= 1
+
+
+def small_trainer(images, tokenizer, run, **changes) -> Trainer:
+    defaults = {"depth": 2, "width": 64, "heads": 1, "bs": 8, "seed": 1, "max_steps": 40, "drop_path": 0.0}
+    config = TrainConfig(**{**defaults, "data_path": str(images), "local_out_dir_path": str(run), **changes})
+    model = load_tokenizer(tokenizer)
+    torch.manual_seed(0)
+    transformer = ScaleTransformer(config.transformer_config(model, 3))
+    transformer.init_weights(config.alng, config.aln, config.hd)
+    return Trainer(config, transformer, model, train.FolderData(config, model), Ranks(0, 1, torch.device("cpu")))
+
+
+def test_training_lowers_the_validation_loss(images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path, tblr=0.05, alng=0.1, save_every=100, val_every=100)
+    before = trainer.evaluate()["val_loss"]
+    assert trainer.fit()["val_loss"] < before - 0.05
+
+
+def test_validation_is_the_training_loss_without_dropouts(images, tokenizer, tmp_path):
+    """The released M-VAR validates with another computation than it trains; here both are one."""
+    trainer = small_trainer(images, tokenizer, tmp_path, class_dropout=0.0, mid_reso=1.0, bs=9)
+    trainer.data.train = trainer.data.val  # the same images, in order
+    trainer.data.train_batches = lambda *_: trainer.data.val_batches(9, 0, 1)
+    validated = trainer.evaluate()
+    sums = trainer.train_step(trainer.data.val_batches(9, 0, 1))["sums"]
+    assert sums.tolist() == pytest.approx(
+        [validated[name] for name in ("val_loss", "val_loss_last", "val_accuracy", "val_accuracy_last")], abs=1e-5
+    )
+
+
+def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(images, tokenizer, tmp_path):
+    weights = []
+    for ac in (1, 2):
+        trainer = small_trainer(images, tokenizer, tmp_path, class_dropout=0.0, ac=ac, tblr=0.01)
+        order = train.TrainOrder(trainer.data.size, 8, 1, micro_batches=ac)
+        trainer.train_step(trainer.data.train_batches(order, 0, 1))
+        weights.append(torch.cat([p.flatten() for p in trainer.state.transformer.parameters()]))
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=0)
+
+
+def test_progressive_training_computes_no_logits_of_later_scales(images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path, pg=0.8, pg0=1)
+    order = train.TrainOrder(trainer.data.size, 8, 1)
+    values = trainer.train_step(trainer.data.train_batches(order, 0, 1))
+    assert values["scales"].item() == 2
+    gradient_step = trainer.state.optimizer.state[trainer.state.transformer.position_embed]["exp_avg"]
+    assert gradient_step[:, :5].abs().sum() > 0
+    assert gradient_step[:, 5:].abs().sum() == 0
+    assert progressive_stage(0.0, 4, 0.8, 1, 0.02, 0.01) == (2, 1.0)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path)
+    with torch.no_grad():
+        trainer.state.transformer.head.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="step 0: the gradient is not finite"):
+        trainer.fit()
+    assert checkpoints(tmp_path) == []
+
+
+def test_averaged_weights_follow_the_trained_ones(images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path, tblr=0.01, max_steps=3, ema=0.5)
+    start = trainer.state.transformer.head.weight.detach().clone()
+    trainer.fit()
+    averaged, current = load_transformer(tmp_path), load_transformer(tmp_path, ema=False)
+    assert (start - averaged.head.weight).norm() < (start - current.head.weight).norm()
+    assert not torch.equal(start, averaged.head.weight)
+
+
+# --- wrong input --------------------------------------------------------------------------------------------------------
+
+
+def folder_without(images, tmp_path, change):
+    root = make_images(tmp_path / "wrong")
+    change(root)
+    return root
+
+
+def remove_val(root):
+    (root / "val").rename(root / "elsewhere")
+
+
+def empty_class(root):
+    for file in (root / "train" / "cat").iterdir():
+        file.unlink()
+
+
+def empty_train(root):
+    (root / "train").rename(root / "elsewhere")
+    (root / "train").mkdir()
+
+
+def text_file(root):
+    (root / "train" / "cat" / "notes.txt").write_text("not a picture")
+
+
+def broken_image(root):
+    (root / "train" / "dog" / "0.png").write_bytes(b"\x89PNG but no more")
+    (root / "val" / "dog" / "0.png").write_bytes(b"\x89PNG but no more")
+
+
+def class_only_in_val(root):
+    (root / "train" / "fox").rename(root / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove_val, "val: no such directory"),
+        (empty_class, "cat: no images in it"),
+        (empty_train, "train: no class folders in it"),
+        (text_file, "notes.txt: not an image file"),
+        (broken_image, "0.png: not a readable image"),
+        (class_only_in_val, "class 'fox' is in val/ but not in train/"),
+    ],
+)
+def test_wrong_folders_get_one_line(change, message, images, tokenizer, tmp_path, command):
+    root = folder_without(images, tmp_path, change)
+    run = tmp_path / "run"
+    code, _, errors = command(*SMALL, "--ep=5", "--vae", tokenizer, "--data_path", root, "--local_out_dir_path", run)
+    assert_refused(code, errors, message)
+    assert checkpoints(run) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data_path=/does/not/exist"], "/does/not/exist: no such directory"),
+        (["--no_such_flag=1"], "unrecognized arguments: --no_such_flag=1"),
+        (["--dept=3"], "unrecognized arguments: --dept=3"),
+        (["--pn=1_2_3_5"], "last side 5 does not fit the tokenizer"),
+        (["--pn=1_2_4"], "--pn=1_2_4 is not the pyramid of the tokenizer"),
+        (["--pn=4_2"], "must not shrink"),
+        (["--pn=abc"], "give 256, 512, 1024 or sides"),
+        (["--bs=9", "--ac=2"], "--bs=9 is no multiple of --ac=2"),
+        (["--bs=-1"], "--bs=-1: give a number above 0"),
+        (["--depth=two"], "invalid int value: 'two'"),
+        (["--family=gpt"], "invalid choice: 'gpt'"),
+        (["--heads=5"], "width 64 is no multiple of heads 5"),
+        (["--vae=missing.pth"], "missing.pth: no such file"),
+        (["--global_blocks=7"], "--global_blocks=7: give 0 to 2"),
+        (["--token_cache=/does/not/exist"], "no finished token cache"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wrong_flags_get_one_line(flags, message, images, tokenizer, tmp_path, command):
+    run = ["--vae", tokenizer, "--data_path", images, "--local_out_dir_path", tmp_path / "run"]
+    code, _, errors = command(*SMALL, *run, *flags)
+    assert_refused(code, errors, message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(images, tokenizer, tmp_path):
+    flags = ["--vae", tokenizer, "--data_path", images, "--local_out_dir_path", tmp_path / "run"]
+    result = run_in_shell("train.py", *SMALL, "--bs=9", *flags, ranks=2)
+    assert result.returncode != 0
+    assert "--bs=9 does not divide by 2 ranks x --ac=1: give a multiple of 2" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--depth=3"], "a run with blocks 2 x mvar is there, this command asks for 3 x mvar"),
+        (["--family=var"], "2 x mvar is there, this command asks for 2 x var"),
+        (["--width=128", "--heads=2"], "a run with width 64 is there, this command asks for 128"),
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_refused_and_kept(flags, message, finished_run, images, tokenizer, command):
+    before = sorted((str(path), path.stat().st_mtime_ns) for path in finished_run.rglob("*"))
+    run = ["--vae", tokenizer, "--data_path", images, "--local_out_dir_path", finished_run]
+    code, _, errors = command(*SMALL, *run, *flags)
+    assert_refused(code, errors, message)
+    assert sorted((str(path), path.stat().st_mtime_ns) for path in finished_run.rglob("*")) == before
+
+
+def assert_refused(code: int, errors: str, message: str) -> None:
+    assert code != 0
+    assert message in errors
+    assert len([line for line in errors.splitlines() if "error" in line]) == 1
+    assert "Traceback" not in errors
+
+
+def test_help_explains_every_flag(command):
+    code, output, _ = command("--help")
+    assert code == 0
+    assert "peak learning rate per 256 images" in " ".join(output.split())
+    assert TINY_TOKENIZER.image_shape == (16, 16)
