@@ -14,10 +14,11 @@ from dist import process_group
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
-from trainer import RELEASED_TOKENIZER, TrainConfig, Trainer, with_seed
+from trainer import Trainer, with_seed
 from utils import cli, data
 from utils.checkpoint import load_tokenizer
 from utils.data import Images, TrainOrder
+from utils.recipe import RELEASED_TOKENIZER, TrainConfig
 from utils.token_cache import TokenCache, check_cache, read_manifest
 
 HUB_TOKENIZER = f"FoundationVision/var:{RELEASED_TOKENIZER}"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.autoencoder import Decoder, Encoder
+from models.autoencoder import Decoder, Encoder, PixelAttention, ResidualBlock
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.quantizer import MultiScaleQuantizer
 
@@ -68,7 +68,7 @@ TOKENIZER_PRESETS = {
         sides=STANDARD_SIDES[64], channels=64, multipliers=(1, 2, 2, 4), num_blocks=1, num_codes=1024, code_dim=16
     ),
     "f8-32": TokenizerConfig(
-        sides=STANDARD_SIDES[32], channels=32, multipliers=(1, 2, 2, 4), num_blocks=1, num_codes=512, code_dim=16
+        sides=STANDARD_SIDES[32], channels=32, multipliers=(1, 1, 2, 2), num_blocks=1, num_codes=512, code_dim=16
     ),
 }
 
@@ -96,6 +96,24 @@ class VQVAE(nn.Module):
         )
         self.before_quantizer = nn.Conv2d(config.code_dim, config.code_dim, 3, padding=1)
         self.after_quantizer = nn.Conv2d(config.code_dim, config.code_dim, 3, padding=1)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Initialise for training from nothing (the released builders leave their memory as it is and load weights).
+
+        Convolutions keep the variance of their input; the last one of every residual block and attention starts at 0, so that
+        the network starts as a plain pyramid of convolutions and learns several times faster. Codes are normal with deviation
+        1 / sqrt(C); training moves them onto data before the first step.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear", generator=generator)
+                module.bias.zero_()
+        for module in self.modules():
+            if isinstance(module, (ResidualBlock, PixelAttention)):
+                last = module.conv2 if isinstance(module, ResidualBlock) else module.proj
+                last.weight.zero_()
+        self.quantizer.codebook.weight.normal_(std=self.config.code_dim**-0.5, generator=generator)
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> continuous features (B, code_dim, h_K, w_K). ValueError for another image size."""

@@ -36,8 +36,8 @@ class DemoConfig:
     """Flags of scripts/demo.py."""
 
     out: str = flag("out/demo", "directory of everything made")
-    tokenizer_minutes: float = flag(2.75, "training time of the tokenizer")
-    transformer_minutes: float = flag(4.5, "training time of the transformer")
+    tokenizer_minutes: float = flag(3.25, "training time of the tokenizer")
+    transformer_minutes: float = flag(4.25, "training time of the transformer")
 
 
 def precision() -> int:
@@ -98,7 +98,7 @@ def judge_samples(images: Path, samples: Path) -> dict[str, float]:
     with np.load(samples, allow_pickle=False) as archive:
         made, asked = archive["arr_0"], archive["labels"]
     grey = np.stack([np.asarray(Image.fromarray(image).convert("L"), np.float32).ravel() / 255 for image in made])
-    classifier = LogisticRegression(max_iter=200, C=0.1).fit(*real["train"])
+    classifier = LogisticRegression(max_iter=1000, C=0.1).fit(*real["train"])
     return {
         "recognised_samples": float(classifier.score(grey, asked)),
         "recognised_real": float(classifier.score(*real["val"])),
@@ -169,7 +169,14 @@ def main() -> None:
     run(
         "1/5 training the tokenizer: images <-> 1+4+9+16 tokens",
         *("scripts/train_tokenizer.py", "--data_path", images, "--out", tokenizer, "--preset", "f8-32"),
-        *("--resize=1", "--bs=32", f"--max_minutes={config.tokenizer_minutes}", f"--fp16={fp16}"),
+        *(
+            "--resize=1",
+            "--bs=16",
+            "--log_every=50",
+            "--save_every=400",
+            f"--max_minutes={config.tokenizer_minutes}",
+            f"--fp16={fp16}",
+        ),
     )
     if not (tokens / "manifest.json").exists():
         run(
@@ -181,7 +188,14 @@ def main() -> None:
         "3/5 training M-VAR on the tokens",
         *("train.py", "--token_cache", tokens, "--local_out_dir_path", transformer),
         *("--depth=6", "--width=192", "--heads=3", "--bs=64", "--tblr=4e-3", "--alng=1e-2", "--wpe=0.01"),
-        *("--ema=0.99", "--twd=0.05", f"--max_minutes={config.transformer_minutes}", f"--fp16={fp16}", "--seed=0"),
+        *(
+            "--ema=0.99",
+            "--val_every=75",
+            "--save_every=75",
+            f"--max_minutes={config.transformer_minutes}",
+            f"--fp16={fp16}",
+            "--seed=0",
+        ),
     )
     sampling = ("sample.py", "--ckpt", transformer, "--overwrite", "--cfg=1.5", "--top_k=0", "--top_p=0.96", "--seed=1")
     samples = out / "samples.npz"

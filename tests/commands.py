@@ -66,15 +66,25 @@ def run_in_process(main, arguments: list, monkeypatch, capsys) -> tuple[int, str
     return code, captured.out, captured.err
 
 
-def run_in_shell(*words, ranks: int = 1, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
-    """Run `python words...`, or under torchrun, from the root of the repository."""
+def shell_words(*words, ranks: int = 1) -> list[str]:
+    """`python words...`, or the same under torchrun."""
     python = [sys.executable]
     if ranks > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*python, *map(str, words)]
+
+
+def environment(**variables) -> dict[str, str]:
+    """One thread per process: small models are many times slower with threads that wait for one another."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+
+
+def run_in_shell(*words, ranks: int = 1, timeout: float = 300, **variables) -> subprocess.CompletedProcess:
+    """Run a command from the root of the repository and wait for it."""
     return subprocess.run(
-        [*python, *map(str, words)],
+        shell_words(*words, ranks=ranks),
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env=environment(**variables),
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -7,9 +7,9 @@ import pytest
 from commands import ROOT, run_in_shell, script
 
 from sample import SampleConfig
-from train import TrainConfig
 from utils import cli
 from utils.data import export_fashion_mnist
+from utils.recipe import TrainConfig
 
 README = (ROOT / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, flags=re.M | re.S))

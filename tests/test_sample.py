@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from commands import CLASSES, TINY_TOKENIZER, make_tokenizer, run_in_process, run_in_shell
+from golden_weights import tokenizer_weights, transformer_weights
 from PIL import Image
 
 import sample
@@ -95,6 +96,18 @@ def test_sampling_as_a_command_of_its_own(checkpoint, tmp_path):
     result = run_in_shell("sample.py", *flags)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "grid.png").exists()
+
+
+def test_released_files_are_sampled_too(tmp_path, command):
+    torch.save({"trainer": {"mvar_wo_ddp": transformer_weights("mvar_tiny")}}, tmp_path / "mvar.pth")
+    torch.save(tokenizer_weights("1234_qsr4"), tmp_path / "vae.pth")
+    flags = ["--ckpt", tmp_path / "mvar.pth", "--vae", tmp_path / "vae.pth", "--classes", "7,9", "--top_k", 20]
+    code, _, errors = command(*flags, "--out", tmp_path / "grid.png", "--num", 4)
+    assert code == 0, errors
+    assert (tmp_path / "grid.png").exists()
+    code, _, errors = command(*flags[:2], "--out", tmp_path / "other.png")
+    assert code == 1
+    assert "does not name its tokenizer: give --vae" in errors
 
 
 @pytest.mark.parametrize(

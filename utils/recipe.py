@@ -1,0 +1,127 @@
+"""What a training run is told: the flags of train.py with the released names, meanings and defaults, and what follows.
+
+The recipes are those of the released trainers of VAR (arXiv 2404.02905) and M-VAR (arXiv 2411.10433).
+"""
+
+from dataclasses import dataclass
+
+from models.pyramid import Pyramid
+from models.ssm import SCANS
+from models.tokenizer import VQVAE
+from models.transformer import COMBINATION_WINDOW_FROM, FAMILIES, TransformerConfig
+from utils.cli import flag
+from utils.optim import SCHEDULES
+
+RELEASED_TOKENIZER = "vae_ch160v4096z32.pth"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Flags of train.py. The short names, meanings and defaults are those of the released trainers."""
+
+    # what is trained
+    family: str = flag("mvar", "kind of transformer", choices=FAMILIES)
+    depth: int = flag(16, "number of blocks; width is 64 * depth and heads are depth unless given")
+    width: int = flag(0, "width in channels, 0: 64 * depth")
+    heads: int = flag(0, "attention heads, 0: depth")
+    global_blocks: int = flag(0, "so many first blocks attend over all scales (M-VAR, figure 5)")
+    window_from: int = flag(0, "markov kinds: 7x7 windows on scales of this side or more, 0: as published for the kind")
+    saln: bool = flag(False, "one modulation for all blocks plus an offset each", "--shared_modulation")
+    anorm: bool = flag(True, "L2-normalised queries and keys", "--normalize_attention")
+    pn: str = flag("", "pyramid: 256, 512, 1024 or sides such as 1_2_3_4; empty: the tokenizer's", "--pyramid")
+    # data
+    vae: str = flag("", f"tokenizer: file, directory or owner/name[:file]; empty: {RELEASED_TOKENIZER}, or the cache's")
+    data_path: str = flag("imagenet", "directory with train/<class>/* and val/<class>/*")
+    token_cache: str = flag("", "directory made by scripts/cache_tokens.py, to train from instead of --data_path")
+    mid_reso: float = flag(1.125, "images are resized to this times their final size, then cropped", "--resize")
+    hflip: bool = flag(False, "mirror half of the training images")
+    workers: int = flag(0, "processes that load images, per rank; 0: none beside the training process")
+    # initialisation
+    ini: float = flag(-1.0, "std of the initial weights, negative: sqrt(1 / (3 * width))", "--init_std")
+    hd: float = flag(0.02, "factor on the initial weights of the head", "--init_head")
+    aln: float = flag(0.5, "factor on the initial scale and shift rows of the modulation", "--init_scale_shift")
+    alng: float = flag(1e-5, "factor on the initial gamma rows of the modulation", "--init_gamma")
+    # optimisation
+    bs: int = flag(768, "images per step, over all ranks and micro-batches", "--batch_size")
+    ac: int = flag(1, "micro-batches per step (gradient accumulation)", "--accumulate")
+    ep: float = flag(250.0, "epochs", "--epochs")
+    max_steps: int = flag(0, "stop after so many steps instead of --ep epochs, 0: off")
+    max_minutes: float = flag(0.0, "end the run, schedules included, after so many minutes at the latest, 0: off")
+    tblr: float = flag(1e-4, "peak learning rate per 256 images of --bs", "--base_lr")
+    sche: str = flag("lin0", f"learning-rate schedule: {', '.join(SCHEDULES)}", "--schedule", choices=SCHEDULES)
+    wp: float = flag(0.0, "epochs of learning-rate warm-up, 0: ep / 50", "--warmup")
+    wp0: float = flag(0.005, "learning rate at the start of the warm-up, over the peak", "--warmup_start")
+    wpe: float = flag(0.01, "learning rate at the end of the run, over the peak", "--lr_end")
+    twd: float = flag(0.05, "weight decay at the start", "--weight_decay")
+    twde: float = flag(0.0, "weight decay at the end, 0: as at the start", "--weight_decay_end")
+    tclip: float = flag(2.0, "largest norm of the gradient, 0: no limit", "--grad_clip")
+    ls: float = flag(0.0, "label smoothing, 0 to 1", "--label_smoothing")
+    class_dropout: float = flag(0.1, "share of images trained without their class, for guidance")
+    drop_path: float = flag(-1.0, "drop-path rate of the last block, negative: 0.1 * depth / 24")
+    ema: float = flag(0.9999, "decay of the averaged weights, ramped up at the start; 0: no average")
+    fp16: int = flag(0, "0: float32, 1: float16 with loss scaling, 2: bfloat16", "--precision", choices=(0, 1, 2))
+    # progressive training
+    pg: float = flag(0.0, "train more and more scales during this first share of the run, 0: all from the start")
+    pg0: int = flag(4, "progressive training starts with this many scales plus one")
+    pgwp: float = flag(0.0, "epochs over which the loss of a new scale is faded in, 0: ep / 300")
+    # running
+    local_out_dir_path: str = flag("local_output", "run directory; a run in it is resumed", "--out")
+    seed: int | None = flag(None, "of data order, initial weights and dropouts; none: drawn, and kept in the run's config.json")
+    scan_backend: str = flag("torch", "how Mamba-2 is computed; mamba_ssm needs a GPU", choices=tuple(SCANS))
+    tfast: int = flag(0, "compile the blocks: 0 no, 1 reduce-overhead, 2 max-autotune, 3 default", choices=(0, 1, 2, 3))
+    log_every: int = flag(20, "steps between log lines")
+    val_every: int = flag(0, "steps between validations, 0: 10 epochs")
+    save_every: int = flag(0, "steps between checkpoints, 0: one epoch")
+    keep: int = flag(2, "checkpoints to keep")
+
+    def __post_init__(self):
+        for name in ("depth", "bs", "ac", "log_every", "keep", "ep"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
+        for name in ("class_dropout", "ls", "pg", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name}={getattr(self, name)}: give a share from 0 to 1")
+        if self.bs % self.ac:
+            raise ValueError(f"--bs={self.bs} is no multiple of --ac={self.ac}: change one of them")
+        if self.pn:
+            Pyramid.parse(self.pn)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        return self.tblr * self.bs / 256
+
+    @property
+    def warmup_share(self) -> float:
+        """Warm-up as a share of the run."""
+        return (self.wp or self.ep / 50) / self.ep
+
+    @property
+    def schedule(self) -> str:
+        """Progressive training has a schedule of its own, as released."""
+        return f"lin{self.pg:g}" if 0 < self.pg < 1 else self.sche
+
+    def rank_batch(self, world: int) -> int:
+        """Images per rank and micro-batch; ValueError where the batch cannot be divided evenly."""
+        if self.bs % (world * self.ac):
+            raise ValueError(
+                f"--bs={self.bs} does not divide by {world} ranks x --ac={self.ac}: give a multiple of {world * self.ac}"
+            )
+        return self.bs // (world * self.ac)
+
+    def transformer_config(self, tokenizer: VQVAE, num_classes: int) -> TransformerConfig:
+        window_from = self.window_from or (COMBINATION_WINDOW_FROM if self.family == "markov-mamba" else None)
+        if not 0 <= self.global_blocks <= self.depth:
+            raise ValueError(f"--global_blocks={self.global_blocks}: give 0 to {self.depth}, the depth")
+        return TransformerConfig(
+            sides=tokenizer.pyramid.sides,
+            blocks=("var",) * self.global_blocks + (self.family,) * (self.depth - self.global_blocks),
+            width=self.width or 64 * self.depth,
+            heads=self.heads or self.depth,
+            num_classes=num_classes,
+            num_codes=tokenizer.config.num_codes,
+            code_dim=tokenizer.config.code_dim,
+            normalize_attention=self.anorm,
+            shared_modulation=self.saln,
+            window_from=window_from,
+            drop_path=0.1 * self.depth / 24 if self.drop_path < 0 else self.drop_path,
+        )
