@@ -1,9 +1,10 @@
 """Generate images: a labelled grid, a picture of the scales building up, a folder of PNG, or an .npz for evaluation.
 
-The transformer and its tokenizer may be ours or released ones. Image n is drawn from random numbers of its own batch; the same
-command with the same seed and batch size gives the same images.
+The transformer and its tokenizer may be ours or released ones. Every batch has random numbers of its own: the same command with
+the same seed and batch size gives the same images, and no two batches are alike.
 """
 
+import csv
 import json
 import os
 from collections.abc import Iterator
@@ -15,12 +16,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from models.generate import Generation, generate
+from models.generate import Generation, draw_labels, generate
 from models.ssm import SCANS, choose_scan
 from models.tokenizer import VQVAE
 from models.transformer import FAMILIES, ScaleTransformer
 from utils import cli, plots
-from utils.checkpoint import load_description, load_tokenizer, load_transformer
+from utils.checkpoint import load_description, load_tokenizer_for, load_transformer
 from utils.cli import flag, required
 
 PRESETS = {
@@ -40,7 +41,9 @@ class SampleConfig:
     vae: str = flag("", "tokenizer, likewise; empty: the one the checkpoint names")
     family: str = flag("", "needed for released MVAR weights: markov", choices=("", *FAMILIES))
     format: str = flag("grid", "what to write", choices=("grid", "scales", "png", "npz"))
-    classes: str = flag("", "labels or class names, such as 0,3,7; 'none' for unconditional")
+    classes: str = flag(
+        "", "labels, such as 0,3,7, or class names, in quotes where they hold a comma; none: no class; random: drawn"
+    )
     num: int = flag(0, "images in all, spread evenly over the classes; 0: a row per class of a grid, one of scales")
     seed: int = flag(0, "of the sampling")
     preset: str = flag("fid", "cfg, top_k, top_p and smooth at once; flags given beside it win", choices=tuple(PRESETS))
@@ -62,26 +65,27 @@ class SampleConfig:
 
 
 def parse_classes(text: str, class_names: list[str], num_classes: int) -> list[int]:
-    """'0,3,Bag' -> [0, 3, 8]; ValueError names a class that is not there."""
+    """'0,3,Bag' -> [0, 3, 8]; a number is a label even where a class has it for a name. ValueError for an unknown class."""
     labels = []
-    for part in text.split(","):
-        name = part.strip()
+    for name in [text] if text in class_names else next(csv.reader([text], skipinitialspace=True)):
         if name == "none":
             labels.append(num_classes)
-        elif name in class_names:
-            labels.append(class_names.index(name))
         elif name.isdigit() and int(name) < num_classes:
             labels.append(int(name))
+        elif name in class_names:
+            labels.append(class_names.index(name))
         else:
             known = f", or names such as {class_names[0]!r}" if class_names else ""
             raise ValueError(f"--classes: no class {name!r}: give numbers from 0 to {num_classes - 1}{known}")
     return labels
 
 
-def all_labels(config: SampleConfig, classes: list[int]) -> list[int]:
+def all_labels(config: SampleConfig, classes: list[int], num_classes: int) -> list[int]:
     """The label of every image, class after class."""
     per_class = GRID_COLUMNS if config.format == "grid" else 1
     num = config.num or per_class * len(classes)
+    if config.classes == "random":
+        return sorted(draw_labels(num_classes, num, torch.Generator().manual_seed(config.seed)).tolist())
     return [classes[n * len(classes) // num] for n in range(num)]
 
 
@@ -106,7 +110,8 @@ def sample_batches(
 
 def scale_pictures(tokenizer: VQVAE, generation: Generation) -> np.ndarray:
     """The images from the first scale, the first two, ..., (B, K, H, W, 3) uint8."""
-    steps = torch.stack(tokenizer.decode_progressive(generation.indices), dim=1)  # (B, K, 3, H, W)
+    # from the sums, not the indices: in smooth mode those were drawn but not used
+    steps = torch.stack([tokenizer.decode_features(f_hat) for f_hat in generation.sums], dim=1)  # (B, K, 3, H, W)
     return plots.to_uint8((steps.flatten(0, 1) + 1) / 2).reshape(*steps.shape[:2], *steps.shape[3:], 3)
 
 
@@ -129,7 +134,12 @@ def write_npz(out: Path, images: np.ndarray, labels: list[int], config: SampleCo
     os.replace(aside, out)
 
 
-def check_free(out: Path, config: SampleConfig) -> None:
+def check_out(out: Path, config: SampleConfig) -> None:
+    """ValueError before anything is computed where the result could not be written."""
+    if config.format in ("grid", "scales") and out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{out}: --format={config.format} writes a picture: give a name that ends in .png")
+    if config.format != "png" and out.is_dir():
+        raise ValueError(f"{out}: is a directory, --format={config.format} writes one file: give its name")
     if not config.overwrite and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         raise ValueError(f"{out}: is there already: give another --out, or --overwrite")
 
@@ -137,30 +147,33 @@ def check_free(out: Path, config: SampleConfig) -> None:
 def main() -> None:
     config = cli.parse(SampleConfig, __doc__)
     out = Path(config.out)
-    check_free(out, config)
+    check_out(out, config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("sample.py does not share out its images over ranks yet: run it without torchrun")
     transformer = load_transformer(config.ckpt, config.family or None, config.ema)
     choose_scan(transformer, config.scan_backend)
     description = load_description(config.ckpt)
     source = config.vae or (description.tokenizer if description else None)
     if not source:
         raise ValueError(f"{config.ckpt}: does not name its tokenizer: give --vae")
-    released = source.endswith(".pth")
-    tokenizer = load_tokenizer(source, transformer.pyramid.sides if released else None)
+    tokenizer = load_tokenizer_for(source, transformer.pyramid)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     transformer.to(device), tokenizer.to(device)
 
     num_classes = transformer.config.num_classes
     class_names = description.class_names if description else []
     names = [*(class_names or [str(label) for label in range(num_classes)]), "none"]
-    if config.classes:
+    if config.classes and config.classes != "random":
         classes = parse_classes(config.classes, class_names, num_classes)
     else:
         classes = list(range(num_classes if config.format in ("png", "npz") else min(num_classes, DEFAULT_CLASSES)))
-    labels = all_labels(config, classes)
+    labels = all_labels(config, classes, num_classes)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     if config.format == "png":
         out.mkdir(exist_ok=True)
+        for old in out.glob("[0-9]*_class*.png"):  # with --overwrite: no image of an earlier command may stay
+            old.unlink()
     kept: list[np.ndarray] = []
     done = 0
     with tqdm(total=len(labels), unit="image") as bar:

@@ -16,7 +16,7 @@ from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from trainer import Trainer, with_seed
 from utils import cli, data
-from utils.checkpoint import load_tokenizer
+from utils.checkpoint import load_tokenizer, load_tokenizer_for
 from utils.data import Images, TrainOrder
 from utils.recipe import RELEASED_TOKENIZER, TrainConfig
 from utils.token_cache import TokenCache, check_cache, read_manifest
@@ -26,6 +26,8 @@ HUB_TOKENIZER = f"FoundationVision/var:{RELEASED_TOKENIZER}"
 
 class FolderData:
     """Images from folders, encoded by the tokenizer as they come."""
+
+    views = 1
 
     def __init__(self, config: TrainConfig, tokenizer: VQVAE):
         train, val = data.read_folders(config.data_path)
@@ -49,7 +51,9 @@ class CachedData:
     def __init__(self, config: TrainConfig, tokenizer: VQVAE):
         self.train, self.val = (TokenCache(config.token_cache, split) for split in ("train", "val"))
         check_cache(self.train.manifest, tokenizer, config.token_cache)
-        self.class_names, self.size = self.train.manifest.class_names, len(self.train)
+        manifest = self.train.manifest
+        self.class_names, self.views = manifest.class_names, manifest.views
+        self.size = len(self.train) // self.views
 
     def train_batches(self, order: TrainOrder, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         return self.train.train_batches(order, first_step, last_step)
@@ -72,7 +76,7 @@ def load_fitting_tokenizer(source: str, pn: str) -> VQVAE:
     if not pn:
         return load_tokenizer(source)
     wanted = Pyramid.parse(pn)
-    tokenizer = load_tokenizer(source, wanted.sides if source.endswith(".pth") else None)
+    tokenizer = load_tokenizer_for(source, wanted)
     if tokenizer.pyramid != wanted:
         raise ValueError(
             f"--pn={pn}: its last side {wanted.sides[-1]} does not fit the tokenizer {source}, "

@@ -26,6 +26,7 @@ from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer, TransformerConfig
 from utils.checkpoint import Description, latest_checkpoint, load_training, read_model_config, save_checkpoint
 from utils.data import TrainOrder
+from utils.files import replace_text
 from utils.log import RunLog
 from utils.optim import build_adamw, learning_rate_factor, progressive_stage, set_rates, weight_decay
 from utils.recipe import TrainConfig
@@ -38,7 +39,8 @@ class Data(Protocol):
     """Where batches come from: images (B, 3, H, W) in [-1, 1] or tokens (B, L), with labels (B,)."""
 
     class_names: list[str]
-    size: int  # training samples
+    size: int  # training images
+    views: int  # stored encodings of each
 
     def train_batches(self, order: TrainOrder, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]: ...
 
@@ -57,9 +59,10 @@ class TrainState:
     ema: dict[str, Tensor] | None  # averaged weights, on the main rank only
 
 
-def step_seed(*numbers: int) -> int:
-    """A seed for (seed, step, rank)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What the random numbers of one step on one rank start from."""
+    # Differs from VAR: generators are seeded at every step, not once, so that a resumed run draws the same numbers.
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint32)[0])
 
 
 class Trainer:
@@ -101,7 +104,10 @@ class Trainer:
         self.model = transformer
         if ranks.world > 1:
             self.model = DistributedDataParallel(
-                transformer, gradient_as_bucket_view=True, static_graph=config.ac == 1 and config.pg == 0
+                transformer,
+                broadcast_buffers=False,  # they are constants
+                gradient_as_bucket_view=True,
+                static_graph=config.ac == 1 and config.pg == 0,
             )
 
     # --- what a step needs ----------------------------------------------------------------------------------------------
@@ -206,6 +212,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Loss and accuracy on the held-out images, over all tokens and over those of the last scale."""
+        # Differs from M-VAR: the forward pass is that of training, and class dropout is off.
         transformer = self.state.transformer.eval()
         totals = torch.zeros(2, self.pyramid.num_tokens, dtype=torch.float64, device=self.ranks.device)
         count = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
@@ -240,7 +247,8 @@ class Trainer:
             f"{self.total_steps} steps{f' or {config.max_minutes:g} minutes' if config.max_minutes else ''} of {config.bs}, "
             f"{self.ranks.world} rank(s) on {self.ranks.device.type}"
         )
-        order = TrainOrder(self.data.size, config.bs, config.seed, self.ranks.rank, self.ranks.world, config.ac)
+        ranks, views = self.ranks, self.data.views
+        order = TrainOrder(self.data.size, config.bs, config.seed, ranks.rank, ranks.world, config.ac, views)
         batches = self.data.train_batches(order, state.step, self.total_steps)
         final: dict[str, float] = {}
         if self._finished():
@@ -252,22 +260,26 @@ class Trainer:
             state.seconds = time.monotonic() - clock_start
             if config.max_minutes:
                 state.seconds = self.ranks.from_main(state.seconds)
-            if state.step % config.log_every == 0 or self._finished():
+            logs, validates, saves = (
+                state.step % every == 0 or self._finished() for every in (config.log_every, self.val_every, self.save_every)
+            )
+            if logs or saves:
                 speed = (state.step - mark_step) * config.bs / (time.monotonic() - mark_time)
-                mark_time, mark_step = time.monotonic(), state.step
                 metrics = self._metrics(values, speed)
+            if logs:
+                mark_time, mark_step = time.monotonic(), state.step
                 log.metrics(state.step, metrics)
                 log.progress(
                     self.progress(),
                     state.seconds,
                     f"step {state.step}, loss {metrics['loss']:.3f}, {speed:.0f} images/s",
                 )
-            if state.step % self.val_every == 0 or self._finished():
+            if validates:
                 final = self.evaluate()
                 log.metrics(state.step, final)
                 log.text(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
                 mark_time, mark_step = time.monotonic(), state.step
-            if state.step % self.save_every == 0 or self._finished():
+            if saves:
                 self.save()
         log.close()
         return final
@@ -277,7 +289,13 @@ class Trainer:
         return self.state.step >= self.total_steps or bool(over_time)
 
     def _metrics(self, values: dict[str, Tensor], speed: float) -> dict[str, float]:
+        """Figures of the last step for the log; FloatingPointError where the loss, float32 under fp16 too, is not finite."""
         loss, loss_last, accuracy, accuracy_last = (self.ranks.sum(values["sums"]) / self.ranks.world).tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"step {self.state.step}: the loss is {loss} (loss scale {self.state.scaler.get_scale():g}); "
+                f"the last checkpoint is untouched: lower --tblr or use --fp16=0"
+            )
         return {
             "loss": loss,
             "loss_last": loss_last,
@@ -313,9 +331,11 @@ class Trainer:
         training, optimizer, ema = load_training(checkpoint, self.state.transformer)
         self.state.step, self.state.seconds = training["step"], training["seconds"]
         self.state.optimizer.load_state_dict(optimizer)
-        self.state.scaler.load_state_dict(training["scaler"])
-        if self.state.ema is not None and ema is not None:
-            self.state.ema = {name: weight.to(self.ranks.device) for name, weight in ema.items()}
+        if training["scaler"] and self.config.fp16 == 1:  # empty where the run so far had another precision
+            self.state.scaler.load_state_dict(training["scaler"])
+        if self.state.ema is not None:  # a run so far without an average starts one from its weights
+            average = ema if ema is not None else self.state.transformer.state_dict()
+            self.state.ema = {name: weight.detach().clone().to(self.ranks.device) for name, weight in average.items()}
         return True
 
     def _write_config(self) -> None:
@@ -326,7 +346,7 @@ class Trainer:
             "ranks": self.ranks.world,
             "torch": torch.__version__,
         }
-        (self.run / "config.json").write_text(json.dumps(resolved, indent=1) + "\n")
+        replace_text(self.run / "config.json", json.dumps(resolved, indent=1) + "\n")
 
 
 def check_same_model(checkpoint: Path, config: TransformerConfig) -> None:

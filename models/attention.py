@@ -95,8 +95,8 @@ class Attention(nn.Module):
         q, k, v = self._project(x)  # (B, H, L_of_scales, D) each
         if self.history:
             if state is not None:
-                k = torch.cat([state.keys, k], dim=2)
-                v = torch.cat([state.values, v], dim=2)
+                k = torch.cat([state.keys.to(k.dtype), k], dim=2)  # the empty first keys may be wider than autocast's
+                v = torch.cat([state.values.to(v.dtype), v], dim=2)
             state = AttentionState(k, v)
 
         first_query = self.pyramid.offsets[scales.start]

@@ -27,6 +27,7 @@ class Generation(NamedTuple):
 
     images: Tensor  # (B, 3, H, W) in [0, 1]
     indices: list[Tensor]  # K LongTensors (B, h_k * w_k)
+    sums: list[Tensor]  # K times (B, code_dim, h_K, w_K): the features after each scale
 
 
 def draw_labels(num_classes: int, batch: int, generator: torch.Generator | None = None) -> Tensor:
@@ -87,13 +88,15 @@ def generate(
     gives). top_k, top_p: see filter_logits. smooth: mix code vectors by Gumbel-softmax instead of choosing one, for pictures,
     never for FID; the indices returned are then those drawn and not used. generator: on the labels' device.
 
-    Images (B, 3, H, W) in [0, 1] and K index tensors (B, h_k * w_k). ValueError if tokenizer and transformer do not fit.
+    Returns images (B, 3, H, W) in [0, 1], K index tensors (B, h_k * w_k) and the features after each scale.
+    ValueError if tokenizer and transformer do not fit.
     """
     check_fit(transformer, tokenizer)
     if guidance_scale < 0 or top_k < 0 or not 0 <= top_p <= 1:
         raise ValueError(f"guidance_scale={guidance_scale}, top_k={top_k}, top_p={top_p}: give at least 0, and top_p at most 1")
-    state, indices = None, []
+    indices, sums = [], []
     with torch.no_grad():
+        # Differs from MVAR: its sampler takes guidance 1 for none; here as in VAR only 0 is none.
         guided = guidance_scale > 0
         rows = torch.cat([labels, torch.full_like(labels, transformer.unconditional)]) if guided else labels
         conditioning = transformer.condition(rows)
@@ -114,10 +117,11 @@ def generate(
             else:
                 vectors = codebook(indices[k])
             f_hat = quantizer.add_scale(state.f_hat, k, vectors)
+            sums.append(f_hat)
             is_last = k + 1 == transformer.pyramid.num_scales
             state = GenerationState(blocks, f_hat, state.inputs if is_last else quantizer.next_input(f_hat, k))
         images = tokenizer.decode_features(state.f_hat)
-    return Generation((images + 1) / 2, indices)
+    return Generation((images + 1) / 2, indices, sums)
 
 
 def check_fit(transformer: ScaleTransformer, tokenizer: VQVAE) -> None:

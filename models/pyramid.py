@@ -45,11 +45,13 @@ class Pyramid:
 
     @classmethod
     def parse(cls, text: str) -> "Pyramid":
-        """Read '256', '512', '1024' (published pyramids by image size) or a list of sides such as '1_2_3_4'."""
+        """Read an image size with a standard pyramid, such as '256', or a list of sides, such as '1_2_3_4'."""
         parts = text.replace("-", "_").split("_")
         if not all(part.isdigit() for part in parts):
-            raise ValueError(f"pyramid {text!r}: give 256, 512, 1024 or sides joined by _, such as 1_2_3_4")
-        if len(parts) == 1 and int(text) in STANDARD_SIDES:
+            raise ValueError(f"pyramid {text!r}: give 256, 512, 1024 or sides joined by _, as in 1_2_3_4")
+        if len(parts) == 1:
+            if int(text) not in STANDARD_SIDES:
+                raise ValueError(f"pyramid {text!r}: a single number is an image size, one of {sorted(STANDARD_SIDES)}")
             return cls(STANDARD_SIDES[int(text)])
         return cls(tuple(int(part) for part in parts))
 

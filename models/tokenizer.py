@@ -99,7 +99,9 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Initialise for training from nothing (the released builders leave their memory as it is and load weights).
+        """Initialise for training from nothing.
+
+        Differs from VAR: its builders leave convolutions as the memory was and load weights.
 
         Convolutions keep the variance of their input; the last one of every residual block and attention starts at 0, so that
         the network starts as a plain pyramid of convolutions and learns several times faster. Codes are normal with deviation

@@ -29,7 +29,7 @@ from models.pyramid import STANDARD_SIDES, Pyramid
 from models.ssm import Mamba2, MambaState
 
 FAMILIES = ("mvar", "var", "markov", "markov-mamba")
-COMBINATION_WINDOW_FROM = 13  # markov-mamba windows every scale of this side or more, or its cost would not be linear
+COMBINATION_WINDOW_FROM = 13  # markov-mamba: the large scales all have windows, or its cost would not be linear
 
 # The published models; arguments of build_transformer beside the family.
 PRESETS = {
@@ -48,7 +48,8 @@ class TransformerConfig:
     width: C; heads: of the attention. num_classes: labels 0 .. num_classes - 1, and num_classes itself means "no class".
     num_codes, code_dim: of the tokenizer. ffn_ratio: hidden width of the feed-forward over C.
     normalize_attention: L2-normalised queries and keys. shared_modulation: one projection for all blocks plus an offset each.
-    window: side of the neighbourhood in markov kinds; window_from: it limits scales of at least this side, None: the last two.
+    window: side of the neighbourhood in the markov kinds; window_from: it limits scales of at least this side, None: the last
+    two in markov, those of side 13 and more in markov-mamba.
     drop_path: rate of the last block; it grows linearly from 0 at the first.
     """
 
@@ -89,13 +90,15 @@ class TransformerConfig:
     def depth(self) -> int:
         return len(self.blocks)
 
-    @property
-    def windowed_scales(self) -> tuple[int, ...]:
-        """Scales on which the markov kinds limit attention to the window."""
-        scales = self.pyramid.scales
-        if self.window_from is None:
+    def windowed_scales(self, kind: str) -> tuple[int, ...]:
+        """Scales on which blocks of this kind limit attention to the window."""
+        scales, smallest = self.pyramid.scales, self.window_from
+        if kind in ("var", "mvar"):
+            return ()
+        if smallest is None and kind == "markov":
             return tuple(scales[-2:])
-        return tuple(k for k in scales if max(self.pyramid.shapes[k]) >= self.window_from)
+        smallest = COMBINATION_WINDOW_FROM if smallest is None else smallest
+        return tuple(k for k in scales if max(self.pyramid.shapes[k]) >= smallest)
 
 
 def num_sublayers(kind: str) -> int:
@@ -125,7 +128,7 @@ class Block(nn.Module):
             history=kind == "var",
             normalize=config.normalize_attention,
             window=config.window,
-            windowed_scales=config.windowed_scales if kind in ("markov", "markov-mamba") else (),
+            windowed_scales=config.windowed_scales(kind),
         )
         mamba = [Mamba2(config.width)] if kind in ("mvar", "markov-mamba") else []
         self.mixers = nn.ModuleList([attention, *mamba])
@@ -244,6 +247,7 @@ class ScaleTransformer(nn.Module):
 
     def _logits(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
+        # Differs from VAR: under autocast too the head is float32; the released one is half precision in spite of its float().
         with torch.autocast(x.device.type, enabled=False):
             x = modulate(x.to(wide), conditioning.head_scale.to(wide), conditioning.head_shift.to(wide))
             return F.linear(x, self.head.weight.to(wide), self.head.bias.to(wide))
@@ -325,7 +329,6 @@ def build_transformer(
         "blocks": ("var",) * global_blocks + (family,) * (depth - global_blocks),
         "width": 64 * depth,
         "heads": depth,
-        "window_from": COMBINATION_WINDOW_FROM if family == "markov-mamba" else None,
         "drop_path": 0.1 * depth / 24,
     }
     transformer = ScaleTransformer(TransformerConfig(num_classes=num_classes, **(derived | config)))

@@ -1,6 +1,6 @@
 """Encode a folder of images once, so that train.py --token_cache need not run the tokenizer at every step."""
 
-import shutil
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ class CacheConfig:
     def __post_init__(self):
         if self.views < 1 or self.batch < 1:
             raise ValueError(f"--views={self.views}, --batch={self.batch}: give at least 1")
+        data.check_resize(self.resize)
         if self.views > 1 and self.center_crop and not self.hflip:
             raise ValueError(f"--views={self.views} with --center_crop would repeat the same tokens: give --views=1")
 
@@ -56,6 +57,18 @@ def encode_split(
     return rows, writer.close()
 
 
+def clear_leftovers(out: Path) -> None:
+    """Remove what an interrupted run left; ValueError, and nothing removed, where other things lie there."""
+    found = list(out.glob("*")) if out.exists() else []
+    strangers = [
+        path.name for path in found if not re.fullmatch(r"(train|val)_\d{5}_\w+\.npy|\.manifest\.json\.writing", path.name)
+    ]
+    if strangers:
+        raise ValueError(f"{out}: holds {strangers[0]!r}, which is no part of a token cache: give another --out")
+    for path in found:
+        path.unlink()
+
+
 def main() -> None:
     config = cli.parse(CacheConfig, __doc__)
     out = Path(config.out)
@@ -65,8 +78,8 @@ def main() -> None:
     tokenizer = load_tokenizer(config.vae).to("cuda" if torch.cuda.is_available() else "cpu")
     pixels = tokenizer.config.image_shape[0]
     augment = not config.center_crop
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    clear_leftovers(out)
+    out.mkdir(parents=True, exist_ok=True)
     rows, hashes = {}, {}
     for split, images, views in (
         ("train", data.Images(train, pixels, config.resize, augment, config.hflip, config.seed), config.views),

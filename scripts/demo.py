@@ -5,6 +5,8 @@ Everything it makes lies in out/demo/; a second run resumes where the first was 
 """
 
 import json
+import os
+import platform
 import subprocess
 import sys
 import time
@@ -209,8 +211,16 @@ def main() -> None:
     last = {name: value for run_ in (tokenizer, transformer) for name, value in read_metrics(run_)[-1].items()}
     metrics = {name: last[name] for name in ("val_loss", "val_loss_last", "val_accuracy", "val_accuracy_last", "val_psnr")}
     metrics |= {"unigram_entropy": entropy, **judge_samples(images, samples)}
-    metrics["minutes"] = (time.monotonic() - start) / 60
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    figures = out / "metrics.json"
+    earlier = json.loads(figures.read_text())["minutes"] if figures.exists() else 0.0
+    metrics["minutes"] = max((time.monotonic() - start) / 60, earlier)  # a second run finds everything done
+    metrics["environment"] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+        "precision": "bfloat16" if fp16 else "float32",
+    }
+    figures.write_text(json.dumps(metrics, indent=1) + "\n")
     print(report(metrics, out))
 
 

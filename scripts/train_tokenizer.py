@@ -54,6 +54,7 @@ class TokenizerTraining:
         for name in ("bs", "max_steps", "log_every", "save_every", "keep"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
+        data.check_resize(self.resize)
 
 
 def reconstruction_loss(images: Tensor, reconstruction: Tensor, config: TokenizerTraining) -> Tensor:
@@ -96,7 +97,9 @@ class TokenizerTrainer:
         mark_time, mark_step = time.monotonic(), self.step
         while not self._finished():
             metrics = self.train_step(batches)
-            self.seconds = self.ranks.from_main(time.monotonic() - start)
+            self.seconds = time.monotonic() - start
+            if config.max_minutes:
+                self.seconds = self.ranks.from_main(self.seconds)
             if self.step % config.log_every == 0 or self._finished():
                 speed = (self.step - mark_step) * config.bs / (time.monotonic() - mark_time)
                 mark_time, mark_step = time.monotonic(), self.step
@@ -133,6 +136,7 @@ class TokenizerTrainer:
         error = F.mse_loss(result.images.detach().float().clamp(-1, 1), images)
         return {"loss": loss.detach(), "vq_loss": result.vq_loss.detach(), "psnr": psnr(error)}
 
+    # Differs from VAR: its tokenizer training is not public; restarts are one of the known means against unused codes.
     def _restart_codes(self, images: Tensor) -> None:
         """Now and then move the codes that were not chosen since the last time; at the first step these are all codes."""
         every = self.config.restart_every
@@ -158,7 +162,8 @@ class TokenizerTrainer:
             images = images.to(self.ranks.device)
             indices = tokenizer.encode(images)
             errors = (tokenizer.decode(indices) - images).square().mean(dim=(1, 2, 3))
-            totals += torch.stack([errors.double().sum(), torch.tensor(len(images), dtype=torch.float64)])
+            totals[0] += errors.double().sum()
+            totals[1] += len(images)
             for k, scale_indices in enumerate(indices):
                 hits[k] += scale_indices.flatten().bincount(minlength=num_codes)
         tokenizer.train()
@@ -175,9 +180,10 @@ class TokenizerTrainer:
         return self._progress() >= 1
 
     def _save(self) -> None:
+        hits = self.ranks.sum(self.hits)
         if self.ranks.is_main:
             description = Description("tokenizer", self.class_names, None, asdict(self.config))
-            training = {"seconds": self.seconds, "hits": self.hits.tolist()}
+            training = {"seconds": self.seconds, "hits": hits.tolist()}
             optimizer = self.optimizer.state_dict()
             save_checkpoint(self.run, self.step, self.tokenizer, description, training, optimizer, keep=self.config.keep)
         self.ranks.barrier()
@@ -193,7 +199,8 @@ class TokenizerTrainer:
         training, optimizer, _ = load_training(checkpoint, self.tokenizer)
         self.optimizer.load_state_dict(optimizer)
         self.step, self.seconds = training["step"], training["seconds"]
-        self.hits.copy_(torch.tensor(training["hits"]))
+        if self.ranks.is_main:  # the sum over all ranks; the others go on from zero
+            self.hits.copy_(torch.tensor(training["hits"]))
 
 
 def psnr(squared_error: Tensor) -> Tensor:

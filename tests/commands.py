@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from models.tokenizer import VQVAE, TokenizerConfig
-from utils.checkpoint import Description, save_model, written_aside
+from utils.checkpoint import Description, save_model
+from utils.files import written_aside
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("cat", "dog", "fox")

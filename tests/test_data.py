@@ -55,6 +55,28 @@ def test_ranks_and_micro_batches_share_out_the_same_global_batch(world, micro_ba
         assert sorted(np.concatenate(found)) == sorted(expected)
 
 
+def test_every_epoch_takes_the_next_view_of_all_images():
+    order = TrainOrder(size=6, batch=3, seed=0, views=2)
+    epochs = [np.concatenate([order.indices(order.positions(step, 0)) for step in range(s, s + 2)]) for s in (0, 2, 4)]
+    assert [sorted(epoch) for epoch in epochs] == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11], [0, 2, 4, 6, 8, 10]]
+
+
+def test_loading_images_leaves_the_random_numbers_of_training_alone(images, monkeypatch):
+    """torch.manual_seed seeds every GPU as well; the crops once did, in the middle of a training step."""
+    train, _ = data.read_folders(images)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds all devices"))
+    before = torch.get_rng_state()
+    list(data.train_batches(Images(train, 16, augment=True), TrainOrder(24, 4, seed=0), 0, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_export_does_not_touch_a_directory_of_others(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        data.export_fashion_mnist(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+
+
 def test_batches_can_start_at_any_step(tmp_path):
     train, _ = data.read_folders(make_images(tmp_path / "images"))
     images, order = Images(train, 16, augment=True), TrainOrder(len(train.paths), 5, seed=0)

@@ -88,3 +88,4 @@ def test_progressive_training_adds_scales_one_by_one_and_fades_each_in():
     assert weights[0] < 0.2
     assert weights[-1] == 1.0
     assert stages[0][1] == 1.0
+    assert stages[counts.index(10)][1] == 1.0  # as released, the last scale is not faded in

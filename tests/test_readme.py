@@ -48,6 +48,10 @@ def test_the_commands_for_own_images_run(tmp_path):
         result = run_in_shell(*words, OMP_NUM_THREADS="2")
         assert result.returncode == 0, (words, result.stderr)
     assert (tmp_path / "samples.png").exists()
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    variables = {}
+    exec(code.replace("out/", f"{tmp_path}/"), variables)
+    assert variables["out"].images.shape == (2, 3, 32, 32)
 
 
 def test_scripts_of_the_presets_are_the_commands_of_the_readme():

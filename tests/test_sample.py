@@ -3,18 +3,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from commands import CLASSES, TINY_TOKENIZER, make_tokenizer, run_in_process, run_in_shell
+from commands import CLASSES, TINY_TOKENIZER, run_in_process, run_in_shell
 from golden_weights import tokenizer_weights, transformer_weights
 from PIL import Image
 
 import sample
 from models.transformer import build_transformer
-from utils.checkpoint import Description, save_model, written_aside
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer")
+from utils.checkpoint import Description, load_tokenizer, load_transformer, save_model
+from utils.files import written_aside
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +107,42 @@ def test_released_files_are_sampled_too(tmp_path, command):
 
 
 @pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("0,2", [0, 2]),
+        ("fox, none", [1, 4]),
+        ("tench, Tinca tinca", [2]),
+        ('"tench, Tinca tinca",0', [2, 0]),
+        ("3", [3]),  # a label, although class 0 is called so
+    ],
+)
+def test_classes_are_labels_or_names(text, labels):
+    assert sample.parse_classes(text, ["3", "fox", "tench, Tinca tinca", "ape"], 4) == labels
+
+
+def test_scales_end_with_the_image_in_smooth_mode_too(checkpoint, tokenizer):
+    config = sample.SampleConfig("a", "b", preset="visual")
+    transformer, vae = load_transformer(checkpoint), load_tokenizer(tokenizer)
+    (generation,) = sample.sample_batches(transformer, vae, [0, 1, 2], config)
+    pictures = sample.scale_pictures(vae, generation)
+    assert pictures.shape == (3, 4, 16, 16, 3)
+    np.testing.assert_array_equal(pictures[:, -1], sample.plots.to_uint8(generation.images))
+
+
+def test_labels_can_be_drawn(checkpoint, tmp_path, command):
+    flags = ["--format", "npz", "--num", 30, "--classes", "random", "--out", tmp_path / "s.npz"]
+    assert command("--ckpt", checkpoint, *flags)[0] == 0
+    assert set(np.load(tmp_path / "s.npz")["labels"].tolist()) == {0, 1, 2}
+
+
+def test_an_overwritten_folder_keeps_no_older_images(checkpoint, tmp_path, command):
+    for num in (6, 2):
+        flags = ["--format", "png", "--num", num, "--out", tmp_path, "--overwrite"]
+        assert command("--ckpt", checkpoint, *flags)[0] == 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--classes=7"], "no class '7': give numbers from 0 to 2, or names such as 'cat'"),
@@ -119,6 +151,8 @@ def test_released_files_are_sampled_too(tmp_path, command):
         (["--top_p=2"], "top_p=2.0"),
         (["--batch=0"], "--batch=0"),
         (["--format=gif"], "invalid choice: 'gif'"),
+        (["--out=/tmp/picture"], "writes a picture: give a name that ends in .png"),
+        (["--out=/tmp", "--format=npz"], "/tmp: is a directory"),
         (["--scan_backend=mamba_ssm"], "scan backend mamba_ssm"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -3,7 +3,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from commands import SMALL, TINY_TOKENIZER, make_images, make_tokenizer, run_in_process, script
+from commands import SMALL, TINY_TOKENIZER, run_in_process, script
 
 import train
 from models.tokenizer import VQVAE
@@ -11,16 +11,6 @@ from utils import data, token_cache
 from utils.checkpoint import load_tokenizer, load_transformer
 from utils.log import read_metrics
 from utils.token_cache import TokenCache, check_cache
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("data") / "images")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer")
 
 
 @pytest.fixture
@@ -73,10 +63,10 @@ def test_many_shards_read_like_one(cache, monkeypatch):
 
 
 def test_training_from_the_cache_is_training_from_the_same_crops(cache, images, tokenizer, tmp_path, monkeypatch, capsys):
-    """With --mid_reso such that images are only shrunk, crops are no longer random and both ways see the same tokens."""
-    flags = [*SMALL, "--max_steps=2", "--mid_reso=1"]
-    directory = cache("--center_crop", "--resize=1")
-    for name, source in (("folder", ["--vae", tokenizer, "--data_path", images]), ("cache", ["--token_cache", directory])):
+    """Square images resized to their final size are not cut, so both ways see the same tokens."""
+    flags = [*SMALL, "--max_steps=2"]
+    folder = ["--vae", tokenizer, "--data_path", images, "--mid_reso=1"]
+    for name, source in (("folder", folder), ("cache", ["--token_cache", cache("--center_crop", "--resize=1")])):
         words = [*flags, *source, "--local_out_dir_path", tmp_path / name]
         code, _, errors = run_in_process(train.main, words, monkeypatch, capsys)
         assert code == 0, errors
@@ -91,6 +81,22 @@ def test_a_cache_of_another_tokenizer_is_refused_naming_both(cache, tmp_path):
     other = VQVAE(TINY_TOKENIZER)
     with pytest.raises(ValueError, match="hash .* the one given has"):
         check_cache(manifest, other, "cache")
+
+
+def test_two_views_do_not_make_an_epoch_longer(cache, tmp_path, monkeypatch, capsys):
+    words = [*SMALL, "--max_steps=0", "--ep=1", "--token_cache", cache("--views=2"), "--local_out_dir_path", tmp_path / "run"]
+    code, output, errors = run_in_process(train.main, words, monkeypatch, capsys)
+    assert code == 0, errors
+    assert "24 images, 3 steps" in output
+
+
+def test_a_directory_of_others_is_not_touched(images, tokenizer, tmp_path, monkeypatch, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    words = ["--vae", tokenizer, "--data_path", images, "--out", tmp_path]
+    code, _, errors = run_in_process(script("cache_tokens").main, words, monkeypatch, capsys)
+    assert code == 1
+    assert "holds 'thesis.txt', which is no part of a token cache" in errors
+    assert (tmp_path / "thesis.txt").exists()
 
 
 def test_a_finished_cache_is_not_overwritten(cache, images, tokenizer, tmp_path, monkeypatch, capsys):

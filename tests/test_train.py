@@ -15,7 +15,6 @@ from commands import (
     SMALL,
     environment,
     make_images,
-    make_tokenizer,
     run_in_process,
     run_in_shell,
     shell_words,
@@ -29,16 +28,6 @@ from utils import cli
 from utils.checkpoint import checkpoints, load_description, load_tokenizer, load_transformer
 from utils.log import read_metrics
 from utils.recipe import TrainConfig
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("data") / "images")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer")
 
 
 @pytest.fixture
@@ -174,6 +163,16 @@ def test_a_killed_run_of_two_ranks_goes_on(images, tokenizer, tmp_path):
     assert checkpoints(tmp_path / "run")[-1].name == f"step_{saved + 2}"
 
 
+def test_a_run_goes_on_with_another_precision_and_starts_an_average(images, tokenizer, tmp_path, command):
+    run = ["--vae", tokenizer, "--data_path", images, "--local_out_dir_path", tmp_path]
+    assert command(*SMALL, *run, "--max_steps=2", "--ema=0")[0] == 0
+    trained = load_transformer(tmp_path, ema=False)
+    code, output, errors = command(*SMALL, *run, "--max_steps=3", "--fp16=1", "--tblr=1e-9")
+    assert code == 0, errors
+    assert "resuming at step 2" in output
+    torch.testing.assert_close(load_transformer(tmp_path).head.weight, trained.head.weight)  # not the initial weights
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -184,7 +183,7 @@ def test_a_killed_run_of_two_ranks_goes_on(images, tokenizer, tmp_path):
         ["--family=mvar", "--global_blocks=1"],
         ["--family=markov", "--window_from=1"],
         ["--family=markov-mamba"],
-        ["--pg=0.9", "--pg0=1", "--ls=0.1", "--max_steps=8"],
+        ["--pg=0.9", "--pg0=0", "--ls=0.1", "--max_steps=8"],
         ["--workers=1", "--hflip", "--ac=2"],
         ["--max_minutes=0.02", "--max_steps=100000", "--ema=0"],
     ],
@@ -247,11 +246,12 @@ def test_progressive_training_computes_no_logits_of_later_scales(images, tokeniz
     assert gradient_step[:, 5:].abs().sum() == 0
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(images, tokenizer, tmp_path):
-    trainer = small_trainer(images, tokenizer, tmp_path)
+@pytest.mark.parametrize(("fp16", "message"), [(0, "step 0: the gradient is not finite"), (1, "step 3: the loss is nan")])
+def test_a_loss_that_is_not_finite_stops_the_run(fp16, message, images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path, fp16=fp16)
     with torch.no_grad():
         trainer.state.transformer.head.weight[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="step 0: the gradient is not finite"):
+    with pytest.raises(FloatingPointError, match=message):
         trainer.fit()
     assert checkpoints(tmp_path) == []
 
@@ -333,6 +333,10 @@ def test_wrong_folders_get_one_line(change, message, images, tokenizer, tmp_path
         (["--bs=9", "--ac=2"], "--bs=9 is no multiple of --ac=2"),
         (["--bs=-1"], "--bs=-1: give a number above 0"),
         (["--depth=two"], "invalid int value: 'two'"),
+        (["--max_steps=-5"], "--max_steps=-5: give 0 or more"),
+        (["--mid_reso=0.5"], "must not become smaller than their final size"),
+        (["--pn=250"], "a single number is an image size"),
+        (["--token_cache=x", "--hflip"], "--hflip and --mid_reso are settings of the token cache"),
         (["--family=gpt"], "invalid choice: 'gpt'"),
         (["--heads=5"], "width 64 is no multiple of heads 5"),
         (["--vae=missing.pth"], "missing.pth: no such file"),

@@ -242,11 +242,20 @@ def test_init_weights_is_given_by_the_generator():
         assert torch.equal(a, b), name
 
 
-def test_windows_stand_on_the_last_two_scales_unless_told():
-    config = TransformerConfig(sides=STANDARD_SIDES[256], blocks=("markov",), width=64, heads=1)
-    assert config.windowed_scales == (8, 9)
-    combination = build_transformer("markov-mamba", depth=1, pixels=512).config
-    assert [combination.sides[k] for k in combination.windowed_scales] == [13, 18, 24, 32]
+@pytest.mark.parametrize(
+    ("kind", "window_from", "sides"),
+    [
+        ("markov", None, [24, 32]),
+        ("markov", 9, [9, 13, 18, 24, 32]),
+        ("markov-mamba", None, [13, 18, 24, 32]),
+        ("markov-mamba", 24, [24, 32]),
+        ("mvar", 9, []),
+        ("var", None, []),
+    ],
+)
+def test_windows_stand_where_the_kind_and_window_from_say(kind, window_from, sides):
+    config = TransformerConfig(STANDARD_SIDES[512], (kind,), width=64, heads=1, window_from=window_from)
+    assert [config.sides[k] for k in config.windowed_scales(kind)] == sides
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,11 @@ train_state.json beside them. Released files are read through utils/official.py.
 with weights_only=True, everything else is safetensors or JSON.
 """
 
-import contextlib
 import json
-import os
 import pickle
 import re
 import shutil
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,10 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.pyramid import Pyramid
 from models.tokenizer import VQVAE, TokenizerConfig
 from models.transformer import ScaleTransformer, TransformerConfig
 from utils import official
 from utils.config import from_dict, to_dict
+from utils.files import written_aside
 
 # What torch.load and safetensors raise on files that are damaged or something else altogether.
 UNREADABLE = (
@@ -70,13 +69,18 @@ def load_tokenizer(source: str | Path, sides: tuple | None = None) -> VQVAE:
     ValueError or FileNotFoundError for anything else, with the first keys and what the file seems to be.
     """
     path = locate(source, wanted="tokenizer")
-    if path.is_dir():
-        config = read_model_config(path, "tokenizer")
+    if is_ours(path):
+        config = read_model_config(path.parent, "tokenizer")
         config = config if sides is None else TokenizerConfig(**{**to_dict(config), "sides": sides})
-        weights = read_tensors(path / "model.safetensors")
-    else:
-        config, weights = official.tokenizer_from_official(read_tensors(path), sides, str(path))
-    return _fill(VQVAE(config), weights, path)
+        return _fill(VQVAE(config), read_tensors(path), path)
+    tensors = read_tensors(path)
+    config, weights = official.tokenizer_from_official(tensors, sides, str(path))
+    return _fill(VQVAE(config), weights, path, official.describe(list(tensors)))
+
+
+def load_tokenizer_for(source: str | Path, pyramid: Pyramid) -> VQVAE:
+    """A tokenizer for a pyramid: released ones serve any, ours the one they were trained with, whatever was asked for."""
+    return load_tokenizer(source, None if is_ours(locate(source, wanted="tokenizer")) else pyramid.sides)
 
 
 def load_transformer(source: str | Path, family: str | None = None, ema: bool = True) -> ScaleTransformer:
@@ -86,40 +90,48 @@ def load_transformer(source: str | Path, family: str | None = None, ema: bool = 
     puts windows on M-VAR's. ema: of our checkpoints, load the averaged weights where there are any.
     """
     path = locate(source, wanted="transformer")
-    if path.is_dir():
-        config = read_model_config(path, "transformer")
+    if is_ours(path):
+        config = read_model_config(path.parent, "transformer")
         if family is not None:
             config = TransformerConfig(**{**to_dict(config), "blocks": (family,) * config.depth})
-        averaged = path / "ema.safetensors"
-        weights = read_tensors(averaged if ema and averaged.exists() else path / "model.safetensors")
-    else:
-        config, weights = official.transformer_from_official(read_tensors(path), family, str(path))
-    return _fill(ScaleTransformer(config), weights, path)
+        averaged = path.with_name("ema.safetensors")
+        if ema and averaged.exists() and not Path(source).is_file():  # a file that is named is the file that is loaded
+            path = averaged
+        return _fill(ScaleTransformer(config), read_tensors(path), path)
+    tensors = read_tensors(path)
+    config, weights = official.transformer_from_official(tensors, family, str(path))
+    return _fill(ScaleTransformer(config), weights, path, official.describe(list(tensors)))
 
 
 def load_description(source: str | Path) -> Description | None:
     """What the config.json of our checkpoint says beside the model; None for a released file."""
     path = locate(source, wanted="checkpoint")
-    if not path.is_dir():
+    if not is_ours(path):
         return None
-    values = {name: value for name, value in _read_json(path / "config.json").items() if name != "model"}
-    return from_dict(Description, values, str(path / "config.json"))
+    config = path.with_name("config.json")
+    values = {name: value for name, value in _read_json(config).items() if name != "model"}
+    return from_dict(Description, values, str(config))
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a weights file is part of a checkpoint of this project; else it is read as a released one."""
+    return path.suffix == ".safetensors" and path.with_name("config.json").exists()
 
 
 def locate(source: str | Path, wanted: str) -> Path:
-    """The file, or the directory with model.safetensors, that `source` means; a name on the hub is downloaded."""
+    """The weights file that `source` means; a name on the hub is downloaded."""
     path = Path(source)
     if path.is_dir():
         if all((path / name).exists() for name in MODEL_FILES):
-            return path
+            return path / "model.safetensors"
         last = latest_checkpoint(path)
         if last is None:
             raise FileNotFoundError(
                 f"{path}: no complete checkpoint in it: give a run directory, a checkpoint directory or a released .pth"
             )
-        return last
+        return last / "model.safetensors"
     if path.is_file():
-        return path.parent if path.name == "model.safetensors" and (path.parent / "config.json").exists() else path
+        return path
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?", str(source))
     if match is None or (match[2] is None and path.suffix in (".pth", ".pt", ".safetensors")):
         raise FileNotFoundError(f"{source}: no such file or directory; give a {wanted} file, a directory or owner/name:file")
@@ -133,7 +145,7 @@ def _download(repository: str, filename: str | None, source: str) -> Path:
     try:
         if filename is not None:
             return Path(hf_hub_download(repository, filename))
-        return [Path(hf_hub_download(repository, name)) for name in MODEL_FILES][0].parent
+        return [Path(hf_hub_download(repository, name)) for name in MODEL_FILES][-1]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
@@ -175,14 +187,14 @@ def _read_json(path: Path) -> dict:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
 
 
-def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> nn.Module:
+def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path, seems: str | None = None) -> nn.Module:
     expected = model.state_dict()
     missing = [name for name in expected if name not in weights]
     unexpected = [name for name in weights if name not in expected]
     if missing or unexpected:
         lists = (("missing", missing), ("unexpected", unexpected))
         parts = [f"{word} {official.first_few(names)}" for word, names in lists if names]
-        raise ValueError(f"{path}: {'; '.join(parts)}; the file seems to be {official.describe(list(weights))}")
+        raise ValueError(f"{path}: {'; '.join(parts)}; the file seems to be {seems or official.describe(list(weights))}")
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(expected[name].shape)}")
@@ -191,27 +203,6 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> nn.Module
 
 
 # --- writing ------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """A new directory to write into, renamed to `target` once everything in it is on disk; on any error it is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside, replaced = (target.parent / f".{target.name}.{state}" for state in ("writing", "replaced"))
-    shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
-    aside.mkdir()
-    try:
-        yield aside
-        for file in aside.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        shutil.rmtree(replaced, ignore_errors=True)
-        if target.exists():
-            os.rename(target, replaced)
-        os.rename(aside, target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def save_model(directory: Path, model: VQVAE | ScaleTransformer, description: Description) -> None:

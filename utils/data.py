@@ -89,6 +89,12 @@ def _is_image(path: str) -> bool:
     return True
 
 
+def check_resize(factor: float) -> None:
+    """ValueError unless resized images are large enough to be cut to their final size."""
+    if factor < 1:
+        raise ValueError(f"--resize={factor}: images must not become smaller than their final size: give 1 or more")
+
+
 class Images(Dataset):
     """Images (3, pixels, pixels) in [-1, 1] with their labels.
 
@@ -127,7 +133,9 @@ class Images(Dataset):
             pixels = self.transform(image)
         else:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(np.random.SeedSequence((self.seed, position)).generate_state(1, np.uint64)[0] >> 1))
+                # torch.manual_seed would seed the GPUs too, under the feet of the training step
+                seed = int(np.random.SeedSequence((self.seed, position)).generate_state(1, np.uint64)[0] >> 1)
+                torch.default_generator.manual_seed(seed)
                 pixels = self.transform(image)
         return pixels.float() / 127.5 - 1, self.files.labels[index]
 
@@ -150,9 +158,12 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 class TrainOrder:
     """Which samples each step, micro-batch and rank gets: an endless row of permutations, one per epoch, cut into batches.
 
-    size: samples in the dataset. batch: of all ranks together. Every rank takes batch / (world * micro_batches) at a time.
+    size: images in the dataset. batch: of all ranks together. Every rank takes batch / (world * micro_batches) at a time.
+    views: encodings stored of every image, one behind another; each epoch takes the next one of all images.
     Independent of the number of ranks: step s always trains on positions s * batch .. (s + 1) * batch of the row.
     """
+
+    # Differs from VAR: no batch is cut short or filled up at the end of an epoch, so steps and epochs need not divide.
 
     size: int
     batch: int
@@ -160,18 +171,20 @@ class TrainOrder:
     rank: int = 0
     world: int = 1
     micro_batches: int = 1
+    views: int = 1
 
     def positions(self, step: int, micro_batch: int) -> np.ndarray:
         share = self.batch // (self.world * self.micro_batches)
         return step * self.batch + (micro_batch * self.world + self.rank) * share + np.arange(share)
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """The sample at each position."""
+        """The image at each position, or the row of its encoding where there are several views."""
         epochs, offsets = np.divmod(positions, self.size)
         indices = np.empty_like(positions)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            indices[chosen] = permutation(self.seed, int(epoch), self.size)[offsets[chosen]]
+            images = permutation(self.seed, int(epoch), self.size)[offsets[chosen]]
+            indices[chosen] = images * self.views + epoch % self.views
         return indices
 
     def micro_batches_from(self, step: int, last_step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -247,7 +260,9 @@ def export_fashion_mnist(root: Path) -> None:
     done = root / ".complete"
     if done.exists():
         return
-    shutil.rmtree(root, ignore_errors=True)
+    if root.exists() and not {path.name for path in root.iterdir()} <= {"train", "val"}:
+        raise ValueError(f"{root}: holds other files: give another directory")
+    shutil.rmtree(root, ignore_errors=True)  # an unfinished export
     images, labels = read_fashion_mnist()
     images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):

@@ -8,6 +8,8 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from utils.files import replace_text
+
 
 class RunLog:
     """Writes into the run directory on the main rank, nothing on the others.
@@ -24,7 +26,7 @@ class RunLog:
         self.metrics_path, self.text_path = directory / "metrics.jsonl", directory / "log.txt"
         lines = self.metrics_path.read_text().splitlines() if self.metrics_path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self.metrics_path.write_text("".join(line + "\n" for line in kept))
+        replace_text(self.metrics_path, "".join(line + "\n" for line in kept))
         self.writer = SummaryWriter(str(directory), purge_step=step + 1)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:

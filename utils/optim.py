@@ -69,15 +69,15 @@ def progressive_stage(
     """Progressive training: how many scales are trained now, and the weight of the newest of them.
 
     From first + 1 scales (after the share `warmup`) their number grows evenly until all are trained at the share `until`; each
-    new scale comes in with a weight growing from 0.01 to 1 over the share `stage_warmup`. until = 0: always all.
+    new scale but the last comes in with a weight growing from 0.01 to 1 over the share `stage_warmup`. until = 0: always all.
     """
     new = num_scales - 1 - first  # scales that still have to come
     if until == 0 or new <= 0:
         return num_scales, 1.0
     passed = min(max((progress - warmup) / max(until - warmup, 1e-9), 0.0), 1.0)
     stage = round(passed * new) if progress < until else new
-    if stage == 0:
-        return first + 1, 1.0
+    if stage in (0, new):  # as released, neither the first stage nor the last scale is faded in
+        return first + 1 + stage, 1.0
     began = warmup + (stage - 0.5) / new * (until - warmup)
     weight = (progress - began) / max(stage_warmup, 1e-9)
     return first + 1 + stage, min(max(weight, 0.01), 1.0)

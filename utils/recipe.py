@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from models.pyramid import Pyramid
 from models.ssm import SCANS
 from models.tokenizer import VQVAE
-from models.transformer import COMBINATION_WINDOW_FROM, FAMILIES, TransformerConfig
+from models.transformer import FAMILIES, TransformerConfig
 from utils.cli import flag
+from utils.data import check_resize
 from utils.optim import SCHEDULES
 
 RELEASED_TOKENIZER = "vae_ch160v4096z32.pth"
@@ -17,7 +18,9 @@ RELEASED_TOKENIZER = "vae_ch160v4096z32.pth"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Flags of train.py. The short names, meanings and defaults are those of the released trainers."""
+    """Flags of train.py. Short names are released ones, with their meanings and defaults; the others are ours."""
+
+    # Differs from VAR: averaged weights (--ema) are kept and used by sample.py; the released trainers keep none.
 
     # what is trained
     family: str = flag("mvar", "kind of transformer", choices=FAMILIES)
@@ -78,6 +81,13 @@ class TrainConfig:
         for name in ("depth", "bs", "ac", "log_every", "keep", "ep"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
+        for name in ("width", "heads", "global_blocks", "window_from", "workers", "max_steps", "max_minutes", "tblr", "wp"):
+            self._check_at_least(name, 0)
+        for name in ("wp0", "wpe", "twd", "twde", "tclip", "pg0", "pgwp", "val_every", "save_every"):
+            self._check_at_least(name, 0)
+        check_resize(self.mid_reso)
+        if self.token_cache and (self.hflip or self.mid_reso != TrainConfig.mid_reso):
+            raise ValueError("--hflip and --mid_reso are settings of the token cache: give them to scripts/cache_tokens.py")
         for name in ("class_dropout", "ls", "pg", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a share from 0 to 1")
@@ -85,6 +95,10 @@ class TrainConfig:
             raise ValueError(f"--bs={self.bs} is no multiple of --ac={self.ac}: change one of them")
         if self.pn:
             Pyramid.parse(self.pn)
+
+    def _check_at_least(self, name: str, least: float) -> None:
+        if getattr(self, name) < least:
+            raise ValueError(f"--{name}={getattr(self, name)}: give {least} or more")
 
     @property
     def peak_learning_rate(self) -> float:
@@ -109,7 +123,6 @@ class TrainConfig:
         return self.bs // (world * self.ac)
 
     def transformer_config(self, tokenizer: VQVAE, num_classes: int) -> TransformerConfig:
-        window_from = self.window_from or (COMBINATION_WINDOW_FROM if self.family == "markov-mamba" else None)
         if not 0 <= self.global_blocks <= self.depth:
             raise ValueError(f"--global_blocks={self.global_blocks}: give 0 to {self.depth}, the depth")
         return TransformerConfig(
@@ -122,6 +135,6 @@ class TrainConfig:
             code_dim=tokenizer.config.code_dim,
             normalize_attention=self.anorm,
             shared_modulation=self.saln,
-            window_from=window_from,
+            window_from=self.window_from or None,
             drop_path=0.1 * self.depth / 24 if self.drop_path < 0 else self.drop_path,
         )

@@ -7,7 +7,6 @@ transformer's inputs are rebuilt from the tokens on the device.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from models.pyramid import Pyramid
 from models.tokenizer import VQVAE
 from utils.config import from_dict
 from utils.data import TrainOrder, in_order
+from utils.files import replace_text
 
 ROWS_PER_SHARD = 1 << 17
 ARRAYS = {"tokens": np.uint16, "labels": np.int32, "source": np.int32}
@@ -96,9 +96,7 @@ class CacheWriter:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    aside = directory / "manifest.json.writing"
-    aside.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
-    shutil.move(aside, directory / "manifest.json")
+    replace_text(directory / "manifest.json", json.dumps(asdict(manifest), indent=1) + "\n")
 
 
 def _shard_name(split: str, number: int, array: str) -> str:
