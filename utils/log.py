@@ -53,10 +53,10 @@ class RunLog:
             return
         if self.bar is None:
             interval = 0.2 if sys.stderr.isatty() else 20.0
-            form = "{percentage:3.0f}%|{bar:24}|{postfix}"
+            form = "{percentage:3.0f}%|{bar:24}| {desc}"
             self.bar = tqdm(total=1.0, bar_format=form, mininterval=interval, dynamic_ncols=True)
         left = seconds * (1 - share) / share if share > 0 else 0.0
-        self.bar.set_postfix_str(f"{message}, {clock(left)} left", refresh=False)
+        self.bar.set_description_str(f"{message}, {clock(left)} left", refresh=False)
         self.bar.n = min(share, 1.0)
         self.bar.update(0)
 
@@ -64,7 +64,6 @@ class RunLog:
         if not self.is_main:
             return
         if self.bar is not None:
-            self.bar.refresh()
             self.bar.close()
         self.writer.close()
 
