@@ -304,33 +304,42 @@ class ScaleTransformer(nn.Module):
         self.head.weight.mul_(head)
 
 
-def build_transformer(
-    family: str = "mvar",
-    depth: int = 16,
-    pixels: int = 256,
-    num_classes: int = 1000,
-    global_blocks: int = 0,
-    **config,
-) -> ScaleTransformer:
-    """An initialised transformer of width 64 * depth with `depth` heads, for images of `pixels` with the standard pyramid.
+def family_config(
+    family: str, depth: int, sides: tuple, num_classes: int, global_blocks: int = 0, **config
+) -> TransformerConfig:
+    """The published shape of a family at a depth: width 64 * depth, `depth` heads, drop-path 0.1 * depth / 24.
 
     global_blocks: this many blocks at the beginning are of kind "var" (M-VAR, arXiv 2411.10433, figure 5).
-    config: further fields of TransformerConfig, which also override the derived ones (sides, width, heads, drop_path ...).
-    ValueError for an unknown family or size.
+    config: further fields of TransformerConfig, which also override the derived ones. ValueError for an unknown family.
     """
     if family not in FAMILIES:
         raise ValueError(f"family {family!r}: give one of {', '.join(FAMILIES)}")
     if not 0 <= global_blocks <= depth:
         raise ValueError(f"global_blocks={global_blocks}: give 0 to {depth}, the depth")
-    if "sides" not in config and pixels not in STANDARD_SIDES:
-        raise ValueError(f"pixels={pixels}: give one of {sorted(STANDARD_SIDES)}, or sides=(1, 2, ...)")
     derived = {
-        "sides": STANDARD_SIDES.get(pixels),
         "blocks": ("var",) * global_blocks + (family,) * (depth - global_blocks),
         "width": 64 * depth,
         "heads": depth,
         "drop_path": 0.1 * depth / 24,
     }
-    transformer = ScaleTransformer(TransformerConfig(num_classes=num_classes, **(derived | config)))
+    return TransformerConfig(sides=sides, num_classes=num_classes, **(derived | config))
+
+
+def build_transformer(
+    family: str = "mvar",
+    depth: int = 16,
+    pixels: int = 256,
+    num_classes: int = 1000,
+    sides: tuple | None = None,
+    **config,
+) -> ScaleTransformer:
+    """An initialised transformer of a family, for images of `pixels` with the standard pyramid, or for the pyramid `sides`.
+
+    config: global_blocks and the fields of TransformerConfig, see family_config. ValueError for an unknown family or size.
+    """
+    if sides is None and pixels not in STANDARD_SIDES:
+        raise ValueError(f"pixels={pixels}: give one of {sorted(STANDARD_SIDES)}, or sides=(1, 2, ...)")
+    sides = STANDARD_SIDES[pixels] if sides is None else sides
+    transformer = ScaleTransformer(family_config(family, depth, sides, num_classes, **config))
     transformer.init_weights()
     return transformer

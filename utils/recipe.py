@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from models.pyramid import Pyramid
 from models.ssm import SCANS
 from models.tokenizer import VQVAE
-from models.transformer import FAMILIES, TransformerConfig
+from models.transformer import FAMILIES, TransformerConfig, family_config
 from utils.cli import flag
 from utils.data import check_resize
 from utils.optim import SCHEDULES
@@ -125,16 +125,19 @@ class TrainConfig:
     def transformer_config(self, tokenizer: VQVAE, num_classes: int) -> TransformerConfig:
         if not 0 <= self.global_blocks <= self.depth:
             raise ValueError(f"--global_blocks={self.global_blocks}: give 0 to {self.depth}, the depth")
-        return TransformerConfig(
-            sides=tokenizer.pyramid.sides,
-            blocks=("var",) * self.global_blocks + (self.family,) * (self.depth - self.global_blocks),
-            width=self.width or 64 * self.depth,
-            heads=self.heads or self.depth,
-            num_classes=num_classes,
+        chosen = {"width": self.width, "heads": self.heads, "window_from": self.window_from}
+        overrides = {name: value for name, value in chosen.items() if value}  # 0 leaves it to the family
+        if self.drop_path >= 0:
+            overrides["drop_path"] = self.drop_path
+        return family_config(
+            self.family,
+            self.depth,
+            tokenizer.pyramid.sides,
+            num_classes,
+            self.global_blocks,
             num_codes=tokenizer.config.num_codes,
             code_dim=tokenizer.config.code_dim,
             normalize_attention=self.anorm,
             shared_modulation=self.saln,
-            window_from=self.window_from or None,
-            drop_path=0.1 * self.depth / 24 if self.drop_path < 0 else self.drop_path,
+            **overrides,
         )
