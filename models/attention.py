@@ -87,7 +87,8 @@ class Attention(nn.Module):
             self.register_buffer(f"window_mask_{k}", window_mask(height, width, window), persistent=False)
 
     def init_state(self, batch: int) -> AttentionState:
-        empty = self.q_bias.new_zeros(batch, self.heads, 0, self.q_bias.shape[0] // self.heads)
+        like = {"device": self.q_bias.device, "dtype": self.q_bias.dtype}
+        empty = torch.zeros(batch, self.heads, 0, self.q_bias.shape[0] // self.heads, **like)
         return AttentionState(empty, empty)
 
     def forward(self, x: Tensor, scales: range, state: AttentionState | None = None) -> tuple[Tensor, AttentionState | None]:

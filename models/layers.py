@@ -36,6 +36,17 @@ def modulation_projection(width: int, num_chunks: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(width, num_chunks * width))
 
 
+class ModulationOffset(nn.Module):
+    """What a block adds to the modulation that all blocks share (VAR's `saln`): (B, num_chunks * C) -> the same."""
+
+    def __init__(self, width: int, num_chunks: int):
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(num_chunks * width))
+
+    def forward(self, shared: Tensor) -> Tensor:
+        return shared + self.offset
+
+
 class FeedForward(nn.Module):
     """(B, L, C) -> (B, L, C) through a hidden layer of ratio * C with tanh-GELU."""
 

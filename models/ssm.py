@@ -9,7 +9,7 @@ is computed in chunks of at most 64 tokens: matrix products inside a chunk, and 
 handed from chunk to chunk (arXiv 2405.21060, section 6). Convolution and state run straight across the borders of scales. The
 state goes in and comes out, so generation scale by scale is the same computation cut into pieces.
 
-Parameters are named and shaped as in mamba_ssm's Mamba2 with ngroups = 1.
+Parameters are named and shaped as in mamba_ssm's Mamba2 with ngroups = 1; those between the projections stand under `ssm`.
 """
 
 import math
@@ -114,7 +114,7 @@ def choose_scan(model: nn.Module, backend: str) -> None:
         if not torch.cuda.is_available():
             raise ValueError("scan backend mamba_ssm: its kernels need a CUDA GPU, there is none: take torch")
     for module in model.modules():
-        if isinstance(module, Mamba2):
+        if isinstance(module, StateSpace):
             module.scan = SCANS[backend]
 
 
@@ -170,27 +170,26 @@ class GatedRMSNorm(nn.Module):
         return (F.rms_norm(gated, gated.shape[-1:], self.weight.to(wide), NORM_EPS)).to(y.dtype)
 
 
-class Mamba2(nn.Module):
-    """Mamba-2 mixer: x (B, L_of_scales, C), scales -> (B, L_of_scales, C), state."""
+class StateSpace(nn.Module):
+    """What Mamba-2 does between its projections: convolution, scan and gated norm, with everything in float32 that they learn.
 
-    def __init__(self, width: int, state_dim: int = 64, d_conv: int = 4, expand: int = 2, head_dim: int = 64):
+    A module of its own so that its few, sensitive parameters stay in float32 where a sharded model keeps the large ones in half
+    precision, and so that the backward pass can recompute it.
+    """
+
+    def __init__(self, inner: int, state_dim: int, d_conv: int, head_dim: int):
         super().__init__()
-        inner = expand * width
-        if inner % head_dim:
-            raise ValueError(f"width {width} times {expand} is no multiple of the Mamba head size {head_dim}")
         self.inner, self.state_dim, self.head_dim, self.heads = inner, state_dim, head_dim, inner // head_dim
-        conv_dim = inner + 2 * state_dim  # x, B and C pass through the convolution
-        self.in_proj = nn.Linear(width, inner + conv_dim + self.heads, bias=False)  # z, xBC, dt
-        self.conv1d = nn.Conv1d(conv_dim, conv_dim, d_conv, groups=conv_dim)  # holds the parameters; see causal_conv
+        self.d_conv, self.conv_dim = d_conv, inner + 2 * state_dim  # x, B and C pass through the convolution
+        self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, d_conv, groups=self.conv_dim)  # parameters for causal_conv
         self.dt_bias = nn.Parameter(torch.zeros(self.heads))
         self.A_log = nn.Parameter(torch.zeros(self.heads))
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = GatedRMSNorm(inner)
-        self.out_proj = nn.Linear(inner, width, bias=False)
         self.scan = chunked_scan  # see choose_scan
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Mamba-2's own initialisation of the step sizes, the decays, D and the norm; projections are the caller's."""
+        """Mamba-2's own initialisation of the step sizes, the decays, D and the norm; the convolution is the caller's."""
         low, high = map(math.log, DT_RANGE)
         steps = torch.empty_like(self.dt_bias).uniform_(low, high, generator=generator).exp_().clamp_(min=DT_FLOOR)
         with torch.no_grad():
@@ -200,26 +199,18 @@ class Mamba2(nn.Module):
             self.norm.weight.fill_(1)
 
     def init_state(self, batch: int) -> MambaState:
-        weight = self.conv1d.weight
-        conv = weight.new_zeros(batch, weight.shape[-1] - 1, weight.shape[0])
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return MambaState(conv, weight.new_zeros(batch, self.heads, self.head_dim, self.state_dim, dtype=wide))
+        options = {"device": self.D.device}
+        wide = torch.promote_types(self.D.dtype, torch.float32)
+        return MambaState(
+            torch.zeros(batch, self.d_conv - 1, self.conv_dim, dtype=self.D.dtype, **options),
+            torch.zeros(batch, self.heads, self.head_dim, self.state_dim, dtype=wide, **options),
+        )
 
-    def forward(self, x: Tensor, scales: range, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
-        """x (B, L_of_scales, C); state: after the tokens before x, None at the first. `scales` does not matter here."""
-        state = MambaState(self.init_state(x.shape[0]).conv, None) if state is None else state
-        # One parameter as two products: its height (7868 at depth 30) is no multiple of 8, that of the large part is.
-        weight = self.in_proj.weight
-        zxBC, dt = F.linear(x, weight[: -self.heads]), F.linear(x, weight[-self.heads :])
-        # Only inputs and output of _mix are kept for the backward pass; the rest, over half of the block, is recomputed.
-        y, conv, ssm = checkpoint(self._mix, zxBC, dt, *state, use_reentrant=False, preserve_rng_state=False)
-        return self.out_proj(y), MambaState(conv, ssm)
-
-    def _mix(self, zxBC: Tensor, dt: Tensor, conv: Tensor, ssm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Convolution, scan and gated norm: (B, L, inner + conv_dim), (B, L, H), state -> (B, L, inner), state."""
+    def forward(self, zxBC: Tensor, dt: Tensor, conv: Tensor, ssm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, inner + conv_dim), (B, L, H), state -> (B, L, inner), state."""
         with torch.autocast(zxBC.device.type, enabled=False):
             wide = torch.promote_types(zxBC.dtype, torch.float32)
-            z, xBC = zxBC.split([self.inner, zxBC.shape[-1] - self.inner], dim=-1)
+            z, xBC = zxBC.split([self.inner, self.conv_dim], dim=-1)
             xBC, conv = causal_conv(xBC, conv, self.conv1d.weight, self.conv1d.bias)
             x, B, C = F.silu(xBC).split([self.inner, self.state_dim, self.state_dim], dim=-1)
             x = x.unflatten(-1, (self.heads, self.head_dim))  # (B, L, H, P)
@@ -227,3 +218,29 @@ class Mamba2(nn.Module):
             y, ssm = self.scan(x, dt, -self.A_log.exp(), B, C, ssm)
             y = y + x * self.D.to(x.dtype).view(-1, 1)
             return self.norm(y.flatten(2), z), conv, ssm
+
+
+class Mamba2(nn.Module):
+    """Mamba-2 mixer: x (B, L_of_scales, C), scales -> (B, L_of_scales, C), state."""
+
+    def __init__(self, width: int, state_dim: int = 64, d_conv: int = 4, expand: int = 2, head_dim: int = 64):
+        super().__init__()
+        inner = expand * width
+        if inner % head_dim:
+            raise ValueError(f"width {width} times {expand} is no multiple of the Mamba head size {head_dim}")
+        self.ssm = StateSpace(inner, state_dim, d_conv, head_dim)
+        self.in_proj = nn.Linear(width, inner + self.ssm.conv_dim + self.ssm.heads, bias=False)  # z, xBC, dt
+        self.out_proj = nn.Linear(inner, width, bias=False)
+
+    def init_state(self, batch: int) -> MambaState:
+        return self.ssm.init_state(batch)
+
+    def forward(self, x: Tensor, scales: range, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        """x (B, L_of_scales, C); state: after the tokens before x, None at the first. `scales` does not matter here."""
+        state = MambaState(self.init_state(x.shape[0]).conv, None) if state is None else state
+        # One parameter as two products: its height (7868 at depth 30) is no multiple of 8, that of the large part is.
+        weight = self.in_proj.weight
+        zxBC, dt = F.linear(x, weight[: -self.ssm.heads]), F.linear(x, weight[-self.ssm.heads :])
+        # Only inputs and output are kept for the backward pass; the rest, over half of the block, is recomputed.
+        y, conv, ssm = checkpoint(self.ssm, zxBC, dt, *state, use_reentrant=False, preserve_rng_state=False)
+        return self.out_proj(y), MambaState(conv, ssm)

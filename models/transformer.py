@@ -15,6 +15,7 @@ logits.
 Letters: B images, L tokens, C width, V codes, S sub-layers of a block.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,9 +23,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.attention import Attention, AttentionState
-from models.layers import DropPath, FeedForward, Modulation, modulate, modulation_projection
+from models.layers import DropPath, FeedForward, Modulation, ModulationOffset, modulate, modulation_projection
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.ssm import Mamba2, MambaState
 
@@ -135,10 +137,8 @@ class Block(nn.Module):
         self.ffn = FeedForward(config.width, config.ffn_ratio)
         self.drop_path = DropPath(config.drop_path * index / max(config.depth - 1, 1))
         self.num_sublayers = num_sublayers(kind)
-        if config.shared_modulation:
-            self.modulation_offset = nn.Parameter(torch.zeros(3 * self.num_sublayers * config.width))
-        else:
-            self.modulation = modulation_projection(config.width, 3 * self.num_sublayers)
+        modulation = ModulationOffset if config.shared_modulation else modulation_projection
+        self.modulation = modulation(config.width, 3 * self.num_sublayers)  # called by ScaleTransformer.condition
 
     def init_state(self, batch: int) -> BlockState:
         return tuple(mixer.init_state(batch) for mixer in self.mixers)
@@ -181,17 +181,16 @@ class ScaleTransformer(nn.Module):
         """The label that means "no class"."""
         return self.config.num_classes
 
+    @property
+    def scales_are_independent(self) -> bool:
+        """Whether nothing but the inputs connects the scales, so that any of them can be computed without the others."""
+        return set(self.config.blocks) == {"markov"}
+
     def condition(self, labels: Tensor) -> Conditioning:
         """labels (B,) in 0 .. num_classes -> everything that depends on them alone."""
         embedding = self.class_embed(labels)  # (B, C)
-        if self.config.shared_modulation:
-            shared = self.shared_modulation(embedding)
-            flat = [shared + block.modulation_offset for block in self.blocks]
-        else:
-            flat = [block.modulation(embedding) for block in self.blocks]
-        blocks = tuple(
-            Modulation.from_flat(chunks, block.num_sublayers) for chunks, block in zip(flat, self.blocks, strict=True)
-        )
+        source = self.shared_modulation(embedding) if self.config.shared_modulation else embedding
+        blocks = tuple(Modulation.from_flat(block.modulation(source), block.num_sublayers) for block in self.blocks)
         with torch.autocast(labels.device.type, enabled=False):
             head_scale, head_shift = self.head_modulation(embedding).unsqueeze(1).chunk(2, dim=-1)
         return Conditioning(embedding.unsqueeze(1) + self.start_embed, blocks, head_scale, head_shift)
@@ -221,18 +220,21 @@ class ScaleTransformer(nn.Module):
             next_states.append(state)
         return self._logits(x, conditioning), tuple(next_states)
 
-    def forward(self, labels: Tensor, inputs: Tensor) -> Tensor:
+    def forward(self, labels: Tensor, inputs: Tensor, first_scale: int = 0) -> Tensor:
         """Teacher forcing: labels (B,), inputs (B, L - h_1 * w_1, code_dim) -> logits (B, L, V) float32.
 
-        Inputs of the first few scales only give the logits of these. ValueError if they end inside a scale.
+        Inputs of consecutive scales from first_scale on give the logits of these; the first scale itself has no inputs.
+        ValueError if they end inside a scale, or start behind the first one where scales depend on one another.
         """
-        length = self.pyramid.lengths[0] + inputs.shape[1]
+        if first_scale > 0 and not self.scales_are_independent:
+            raise ValueError(f"first_scale={first_scale}: only where all blocks are of kind markov can scales be left out")
+        length = self.pyramid.offsets[max(first_scale, 1)] + inputs.shape[1]
         if length not in self.pyramid.offsets:
             raise ValueError(
                 f"{inputs.shape[1]} inputs do not end at a scale of the pyramid {self.pyramid}: "
                 f"give {self.pyramid.num_tokens - self.pyramid.lengths[0]} for all of it"
             )
-        scales = range(self.pyramid.offsets.index(length))
+        scales = range(first_scale, self.pyramid.offsets.index(length))
         logits, _ = self.advance(inputs, scales, self.condition(labels))
         return logits
 
@@ -259,15 +261,18 @@ class ScaleTransformer(nn.Module):
         scale_shift: float = 0.5,
         head: float = 0.02,
         std: float | None = None,
+        ffn_gamma: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         """Initialise everything as the released trainers do (VAR's flags in brackets).
 
         linears, embeddings, positions   truncated normal, sqrt(1 / 3C) or `std` [ini], biases 0
         attention proj, ffn fc2          the same / sqrt(2 * depth); Mamba's projections are not divided
-        modulation, first 2C rows        the same * gamma [alng]
-        modulation, other rows           the same * scale_shift [aln]; so the feed-forward gate of a block with Mamba starts
-                                         at scale_shift, as in the released M-VAR, whose published figures come from it
+        modulation, gammas of mixers     the same * gamma [alng]
+        modulation, gamma of the ffn     the same * gamma in blocks without Mamba; in blocks with Mamba * ffn_gamma, None:
+                                         scale_shift, as in the released M-VAR, which scales the first two of three gammas
+                                         only and whose published figures come from it; ffn_gamma = gamma is what was meant
+        modulation, scales and shifts    the same * scale_shift [aln]
         head                             the same * head [hd]
         Mamba                            conv weight std 0.02, bias 0; the rest as in Mamba-2
         """
@@ -288,20 +293,28 @@ class ScaleTransformer(nn.Module):
         for block in self.blocks:
             for mixer in block.mixers:
                 if isinstance(mixer, Mamba2):
-                    mixer.init_weights(generator)
-                    normal_(mixer.conv1d.weight, 0.02)
-                    mixer.conv1d.bias.zero_()
+                    mixer.ssm.init_weights(generator)
+                    normal_(mixer.ssm.conv1d.weight, 0.02)
+                    mixer.ssm.conv1d.bias.zero_()
                 else:
                     mixer.proj.weight.div_(math.sqrt(2 * self.config.depth))
             block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
             if self.config.shared_modulation:
-                rows = block.modulation_offset.normal_(std=width**-0.5, generator=generator)
+                rows = block.modulation.offset.normal_(std=width**-0.5, generator=generator)
             else:
                 rows = block.modulation[-1].weight
-            rows[: 2 * width].mul_(gamma)
-            rows[2 * width :].mul_(scale_shift)
+            gammas, others = rows[: block.num_sublayers * width], rows[block.num_sublayers * width :]
+            gammas[: 2 * width].mul_(gamma)  # both gammas of a block without Mamba
+            gammas[2 * width :].mul_(scale_shift if ffn_gamma is None else ffn_gamma)
+            others.mul_(scale_shift)
         self.head_modulation[-1].weight.mul_(scale_shift)
         self.head.weight.mul_(head)
+
+
+def recompute_blocks(transformer: ScaleTransformer) -> None:
+    """Activation checkpointing: keep only the inputs of every block for the backward pass and compute the rest again."""
+    for block in transformer.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def family_config(

@@ -27,7 +27,7 @@ def test_every_parameter_is_in_one_group(transformer):
     [
         ("class_embed.weight", True),
         ("blocks.0.mixers.0.qkv.weight", True),
-        ("blocks.0.mixers.1.conv1d.weight", True),
+        ("blocks.0.mixers.1.ssm.conv1d.weight", True),
         ("blocks.0.modulation.1.weight", True),
         ("head.weight", True),
         ("head.bias", False),
@@ -35,8 +35,8 @@ def test_every_parameter_is_in_one_group(transformer):
         ("start_embed", False),
         ("scale_embed.weight", False),
         ("blocks.0.mixers.0.log_scale", False),
-        ("blocks.0.mixers.1.A_log", False),
-        ("blocks.0.mixers.1.norm.weight", False),
+        ("blocks.0.mixers.1.ssm.A_log", False),
+        ("blocks.0.mixers.1.ssm.norm.weight", False),
     ],
 )
 def test_weight_decay_exclusions(transformer, name, decays):

@@ -6,7 +6,14 @@ from small_models import CODE_DIM, NUM_CLASSES, SIDES, VARIANTS, random_indices,
 
 from models.layers import DropPath
 from models.pyramid import STANDARD_SIDES, Pyramid
-from models.transformer import FAMILIES, PRESETS, ScaleTransformer, TransformerConfig, build_transformer
+from models.transformer import (
+    FAMILIES,
+    PRESETS,
+    ScaleTransformer,
+    TransformerConfig,
+    build_transformer,
+    recompute_blocks,
+)
 from utils import official
 
 PYRAMID = Pyramid(SIDES)
@@ -223,7 +230,7 @@ def test_init_weights_follows_its_table():
         attention, mamba = block.mixers
         close(attention.qkv.weight, std)
         close(mamba.in_proj.weight, std)
-        close(mamba.conv1d.weight, 0.02)
+        close(mamba.ssm.conv1d.weight, 0.02)
         close(attention.proj.weight, std / 2)  # sqrt(2 * depth)
         close(block.ffn.fc2.weight, std / 2)
         rows = block.modulation[-1].weight.split(width)
@@ -232,6 +239,49 @@ def test_init_weights_follows_its_table():
         for row in rows[2:]:
             close(row, std * 0.5)
     assert not any(p.any() for name, p in model.named_parameters() if name.endswith((".bias", "q_bias", "v_bias")))
+
+
+@pytest.mark.parametrize(("family", "ffn_gamma", "expected"), [("mvar", None, 0.5), ("mvar", 1e-3, 1e-3), ("var", None, 1e-3)])
+def test_the_gate_of_the_feed_forward_starts_as_released_or_as_told(family, ffn_gamma, expected):
+    """The released M-VAR scales two of three gammas; the third, the feed-forward's, is what this is about."""
+    model = build_transformer(family, depth=2, num_classes=50)
+    model.init_weights(gamma=1e-3, ffn_gamma=ffn_gamma)
+    width, sublayers = model.config.width, model.blocks[0].num_sublayers
+    gammas = model.blocks[1].modulation[-1].weight[: sublayers * width].split(width)
+    assert gammas[-1].std().item() == pytest.approx((1 / (3 * width)) ** 0.5 * expected, rel=0.15)
+
+
+@pytest.mark.parametrize("variant", ["mvar", "var", "markov", "mvar, shared modulation"])
+def test_recomputed_blocks_give_the_same_gradients(variant):
+    """With drop-path: what was dropped in the forward pass must be dropped when it is computed again."""
+    model = small_transformer(**VARIANTS[variant], drop_path=0.5).train()
+    inputs = torch.randn(2, INPUTS, CODE_DIM, generator=seeded())
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        return torch.autograd.grad(model(LABELS, inputs).square().mean(), list(model.parameters()))
+
+    kept = gradients()
+    recompute_blocks(model)
+    assert all(torch.equal(a, b) for a, b in zip(kept, gradients(), strict=True))
+
+
+def test_independent_scales_are_computed_without_the_others():
+    model = small_transformer("markov")
+    inputs = torch.randn(2, INPUTS, CODE_DIM, generator=seeded())
+    with torch.no_grad():
+        whole = model(LABELS, inputs)
+        for first, last in ((0, 2), (1, 3), (4, 5), (5, 6)):
+            tokens = model.pyramid.tokens(range(first, last))
+            start = model.pyramid.lengths[0]
+            own = inputs[:, max(tokens.start - start, 0) : tokens.stop - start]
+            torch.testing.assert_close(model(LABELS, own, first_scale=first), whole[:, tokens], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["var", "mvar", "markov-mamba"])
+def test_scales_that_depend_on_earlier_ones_are_not_computed_alone(family):
+    with pytest.raises(ValueError, match="first_scale=5: only where all blocks are of kind markov"):
+        small_transformer(family)(LABELS, torch.zeros(2, SIDES[-1] ** 2, CODE_DIM), first_scale=5)
 
 
 def test_init_weights_is_given_by_the_generator():

@@ -23,12 +23,13 @@ TRANSFORMER_NAMES = [
     (r"class_emb\.weight", "class_embed.weight"),
     (r"lvl_embed\.weight", "scale_embed.weight"),
     (r"shared_ada_lin\.1\.(weight|bias)", r"shared_modulation.1.\1"),
-    (r"blocks\.(\d+)\.ada_gss", r"blocks.\1.modulation_offset"),
+    (r"blocks\.(\d+)\.ada_gss", r"blocks.\1.modulation.offset"),
     (r"blocks\.(\d+)\.ada_lin\.1\.(weight|bias)", r"blocks.\1.modulation.1.\2"),
     (r"blocks\.(\d+)\.attn\.scale_mul_1H11", r"blocks.\1.mixers.0.log_scale"),
     (r"blocks\.(\d+)\.attn\.mat_qkv\.weight", r"blocks.\1.mixers.0.qkv.weight"),
     (r"blocks\.(\d+)\.attn\.(q_bias|v_bias|proj\.weight|proj\.bias)", r"blocks.\1.mixers.0.\2"),
-    (r"blocks\.(\d+)\.mamba\.(.+)", r"blocks.\1.mixers.1.\2"),
+    (r"blocks\.(\d+)\.mamba\.(in_proj|out_proj)\.weight", r"blocks.\1.mixers.1.\2.weight"),
+    (r"blocks\.(\d+)\.mamba\.(A_log|D|dt_bias|conv1d\.weight|conv1d\.bias|norm\.weight)", r"blocks.\1.mixers.1.ssm.\2"),
     (r"blocks\.(\d+)\.ffn\.(fc1|fc2)\.(weight|bias)", r"blocks.\1.ffn.\2.\3"),
     (r"head_nm\.ada_lin\.1\.(weight|bias)", r"head_modulation.1.\1"),
     (r"head\.(weight|bias)", r"head.\1"),
@@ -169,7 +170,7 @@ def transformer_from_official(tensors: StateDict, family: str | None, source: st
     )
     weights = translate(tensors, TRANSFORMER_NAMES, TRANSFORMER_DROPPED, source)
     if shared:
-        offsets = {name: tensor.flatten() for name, tensor in weights.items() if name.endswith("modulation_offset")}
+        offsets = {name: tensor.flatten() for name, tensor in weights.items() if name.endswith("modulation.offset")}
         weights |= offsets  # (1, 1, 6, C) -> (6C,)
     return config, weights
 

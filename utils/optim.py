@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 SCHEDULES = ("lin0", "lin00", "lin", "cos", "exp")
-NO_DECAY = ("position_embed", "start_embed", "scale_embed", "modulation_offset", "log_scale")
+NO_DECAY = ("position_embed", "start_embed", "scale_embed", "modulation.offset", "log_scale")
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
