@@ -1,13 +1,24 @@
-"""The process group: one process, or many under torchrun (NCCL on GPUs, gloo on CPUs)."""
+"""Many processes as one: the group that torchrun describes, what its ranks tell each other, and how a model is spread over it.
+
+Gradients travel by NCCL between GPUs and by gloo between CPUs. Decisions (stop, save, which checkpoint) always travel between
+CPUs, so that they never wait for a GPU.
+"""
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as torch_dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from models.ssm import Mamba2
+from models.transformer import ScaleTransformer
 
 
 @dataclass(frozen=True)
@@ -30,22 +41,42 @@ class Ranks:
         torch_dist.all_reduce(total)
         return total
 
+    def gather(self, values: Tensor) -> Tensor:
+        """Every rank's values (...) -> (world, ...) on every rank, on the CPU."""
+        values = values.detach().cpu()
+        if self.world == 1:
+            return values.unsqueeze(0)
+        parts = [torch.empty_like(values) for _ in range(self.world)]
+        torch_dist.all_gather(parts, values)
+        return torch.stack(parts)
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' numbers."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor(value)
+        torch_dist.all_reduce(shared, torch_dist.ReduceOp.MAX)
+        return int(shared)
+
     def from_main(self, value: float) -> float:
         """Rank 0's number on every rank."""
         if self.world == 1:
             return value
-        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+        shared = torch.tensor([value], dtype=torch.float64)
         torch_dist.broadcast(shared, src=0)
         return shared.item()
 
     def barrier(self) -> None:
-        if self.world > 1:
-            torch_dist.barrier()
+        """Wait until every rank has come here."""
+        self.largest(0)
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[Ranks]:
-    """Join the group that torchrun's environment describes, or be alone; leave it at the end."""
+    """Join the group that torchrun's environment describes, or be alone; leave it at the end.
+
+    ConnectionError where other ranks are lost on the way.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -56,8 +87,78 @@ def process_group() -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, device)
         return
-    torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch_dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    rank = torch_dist.get_rank()
     try:
-        yield Ranks(torch_dist.get_rank(), world, device)
+        yield Ranks(rank, world, device)
+    except RuntimeError as error:
+        if not isinstance(error, torch_dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0][:120]
+        raise ConnectionError(f"lost the other ranks ({reason}); what they say tells why; the same command resumes") from error
     finally:
         torch_dist.destroy_process_group()
+
+
+# --- spreading a model over the ranks -----------------------------------------------------------------------------------
+
+
+def replicated(transformer: ScaleTransformer, static_graph: bool, unused_parameters: bool) -> DistributedDataParallel:
+    """DDP: the whole model on every rank.
+
+    static_graph: every step runs the same operations. unused_parameters: some steps leave out some, which is searched for.
+    """
+    return DistributedDataParallel(
+        transformer,
+        broadcast_buffers=False,  # they are constants
+        gradient_as_bucket_view=True,
+        static_graph=static_graph,
+        find_unused_parameters=unused_parameters,
+    )
+
+
+def shard_(transformer: ScaleTransformer, ranks: Ranks, compute_dtype: torch.dtype | None) -> None:
+    """FSDP2: every rank keeps a part of each parameter, gathered block by block when it is needed.
+
+    compute_dtype: what the large parameters are gathered as, None: float32. Gradients are reduced in float32. Embeddings, head
+    and the core of Mamba-2 are always gathered in float32. ValueError for a single rank.
+    """
+    if ranks.world == 1:
+        raise ValueError("--parallel=fsdp shares a model out over ranks, there is one: start it with torchrun, or use ddp")
+    # Blocks return their states too, views among them; nothing here writes to what a block returns.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    halved = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in transformer.blocks:
+        fully_shard(block.modulation, mesh=mesh, mp_policy=halved)  # called outside of the block
+        for mixer in block.mixers:
+            if isinstance(mixer, Mamba2):
+                fully_shard(mixer.ssm, mesh=mesh, mp_policy=exact)
+        fully_shard(block, mesh=mesh, mp_policy=halved)
+    fully_shard(transformer, mesh=mesh, mp_policy=exact)
+
+
+@contextlib.contextmanager
+def gradient_exchange(model: nn.Module, now: bool) -> Iterator[None]:
+    """Ranks average their gradients in backward passes inside, or keep them to themselves until a later one."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+        yield
+    elif isinstance(model, DistributedDataParallel) and not now:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def whole_outside_forward(model: nn.Module) -> Iterator[None]:
+    """Lets methods other than forward be called: sharded parameters that belong to no block are gathered meanwhile."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    try:
+        yield
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist import process_group
+from dist import Ranks, process_group
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
@@ -50,10 +50,20 @@ class CachedData:
 
     def __init__(self, config: TrainConfig, tokenizer: VQVAE):
         self.train, self.val = (TokenCache(config.token_cache, split) for split in ("train", "val"))
-        check_cache(self.train.manifest, tokenizer, config.token_cache)
         manifest = self.train.manifest
+        if config.pn and Pyramid.parse(config.pn) != manifest.pyramid:
+            raise ValueError(
+                f"--pn={config.pn}: the cache {config.token_cache} holds pyramids {manifest.pyramid}: "
+                f"give --pn={manifest.pyramid} or encode again"
+            )
+        check_cache(manifest, tokenizer, config.token_cache)
         self.class_names, self.views = manifest.class_names, manifest.views
         self.size = len(self.train) // self.views
+
+    def verify(self) -> None:
+        """ValueError where a file of the cache is not what was written; reading all of it also brings it into memory."""
+        for split in (self.train, self.val):
+            split.verify()
 
     def train_batches(self, order: TrainOrder, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         return self.train.train_batches(order, first_step, last_step)
@@ -87,19 +97,27 @@ def load_fitting_tokenizer(source: str, pn: str) -> VQVAE:
     return tokenizer
 
 
+def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
+    """Everything that the flags ask for, loaded, checked and initialised."""
+    config.rank_batch(ranks.world)
+    if not config.token_cache:
+        data.check_root(config.data_path)
+    config = replace(with_seed(config, ranks), vae=tokenizer_source(config))
+    tokenizer = load_fitting_tokenizer(config.vae, config.pn)
+    source = CachedData(config, tokenizer) if config.token_cache else FolderData(config, tokenizer)
+    if config.token_cache and ranks.is_main:
+        source.verify()
+    torch.manual_seed(config.seed)
+    transformer = ScaleTransformer(config.transformer_config(tokenizer, len(source.class_names)))
+    std = None if config.ini < 0 else config.ini
+    transformer.init_weights(config.alng, config.aln, config.hd, std, config.alng if config.alng_all else config.aln)
+    return Trainer(config, transformer, tokenizer, source, ranks)
+
+
 def main() -> None:
     config = cli.parse(TrainConfig, __doc__)
     with process_group() as ranks:
-        config.rank_batch(ranks.world)
-        if not config.token_cache:
-            data.check_root(config.data_path)
-        config = replace(with_seed(config, ranks), vae=tokenizer_source(config))
-        tokenizer = load_fitting_tokenizer(config.vae, config.pn)
-        source = CachedData(config, tokenizer) if config.token_cache else FolderData(config, tokenizer)
-        torch.manual_seed(config.seed)
-        transformer = ScaleTransformer(config.transformer_config(tokenizer, len(source.class_names)))
-        transformer.init_weights(config.alng, config.aln, config.hd, None if config.ini < 0 else config.ini)
-        Trainer(config, transformer, tokenizer, source, ranks).fit()
+        build_trainer(config, ranks).fit()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training of the transformer: the state that advances, one step, evaluation, and the loop around them.
+"""Training of the transformer: one step, evaluation, and the loop around them with its saving, resuming and stopping.
 
 The recipe is VAR's (arXiv 2404.02905, appendix, and the released trainers of VAR and M-VAR): AdamW, mean cross-entropy over
 all tokens, class dropout for guidance, fp16 with loss scaling. Random numbers are functions of (seed, step, rank), so a
@@ -8,31 +8,44 @@ checkpoint needs no generator state and a resumed run is the uninterrupted one.
 import contextlib
 import json
 import math
+import resource
+import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from dist import Ranks
+from dist import Ranks, gradient_exchange, replicated, shard_, whole_outside_forward
+from models.generate import generate
 from models.ssm import choose_scan
 from models.tokenizer import VQVAE
-from models.transformer import ScaleTransformer, TransformerConfig
-from utils.checkpoint import Description, latest_checkpoint, load_training, read_model_config, save_checkpoint
+from models.transformer import ScaleTransformer, TransformerConfig, recompute_blocks
+from utils import plots
+from utils.checkpoint import Description, load_description, read_model_config
 from utils.data import TrainOrder
 from utils.files import replace_text
+from utils.flops import peak_flops, training_flops
 from utils.log import RunLog
-from utils.optim import build_adamw, learning_rate_factor, progressive_stage, set_rates, weight_decay
+from utils.optim import build_adamw, learning_rate_factor, progressive_stage, scale_groups, set_rates, weight_decay
 from utils.recipe import TrainConfig
+from utils.run_checkpoints import choose_intact, latest_checkpoint, place, step_of
+from utils.signals import StopRequest
+from utils.tally import Tally
+from utils.token_cache import check_classes
+from utils.train_state import TrainState, named
+from utils.training_checkpoint import ShardedSaver, read_numbers, restore_, save_checkpoint
 
 AUTOCAST_DTYPES = {1: torch.float16, 2: torch.bfloat16}
+INITIAL_LOSS_SCALE, LARGEST_LOSS_SCALE, LOSS_SCALE_GROWTH = 2.0**11, 2.0**15, 1000  # as released
 VALIDATION_EPOCHS = 10  # the released trainers validate and save this often
+SHOWN_IMAGES = 8  # of the held-out ones, reconstructed at each validation
 
 
 class Data(Protocol):
@@ -47,22 +60,20 @@ class Data(Protocol):
     def val_batches(self, batch: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
-@dataclass
-class TrainState:
-    """Everything that advances during training; exactly this is saved."""
+class StepResult(NamedTuple):
+    """What one step leaves for the log; nothing in it is synchronised between ranks yet."""
 
-    step: int
-    seconds: float
-    transformer: ScaleTransformer
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    ema: dict[str, Tensor] | None  # averaged weights, on the main rank only
+    tally: Tally
+    grad_norm: Tensor
+    learning_rate: float
+    weight_decay: float
+    num_scales: int
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """What the random numbers of one step on one rank start from."""
+def step_seed(*parts: int) -> int:
+    """What random numbers start from: (seed, step, rank) for those of one rank, (seed, step) for those of all together."""
     # Differs from VAR: generators are seeded at every step, not once, so that a resumed run draws the same numbers.
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint32)[0])
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint32)[0])
 
 
 class Trainer:
@@ -85,30 +96,42 @@ class Trainer:
         self.total_steps = config.max_steps or math.ceil(config.ep * steps_per_epoch)
         self.val_every = config.val_every or VALIDATION_EPOCHS * steps_per_epoch
         self.save_every = config.save_every or steps_per_epoch
+        self.large_scales = transformer.config.windowed_scales("markov")
 
-        transformer.to(ranks.device).train()
         choose_scan(transformer, config.scan_backend)
+        self.model = self._spread(transformer.to(ranks.device).train())
+        self.sharded = ShardedSaver(ranks.is_main, ranks.barrier) if config.parallel == "fsdp" else None
         self.state = TrainState(
-            step=0,
-            seconds=0.0,
-            transformer=transformer,
-            optimizer=build_adamw(transformer),
-            scaler=torch.amp.GradScaler(ranks.device.type, init_scale=2.0**11, growth_interval=1000, enabled=config.fp16 == 1),
-            ema=None,
+            transformer,
+            build_adamw(transformer),
+            torch.amp.GradScaler(
+                ranks.device.type,
+                init_scale=INITIAL_LOSS_SCALE,
+                growth_interval=LOSS_SCALE_GROWTH,
+                enabled=config.fp16 == 1,
+            ),
         )
-        if config.ema > 0 and ranks.is_main:
-            self.state.ema = {name: weight.detach().clone() for name, weight in transformer.state_dict().items()}
+        if config.ema > 0:
+            self.state.ema = {name: weight.clone() for name, weight in named(transformer).items()}
+        self.saved_step = 0  # the newest checkpoint's
+        peak = config.peak_tflops * 1e12 or peak_flops(torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu")
+        # the share of the peak that one image a second takes
+        self.mfu_of_image = training_flops(transformer.config) / (peak * ranks.world) if peak else None
+
+    def _spread(self, transformer: ScaleTransformer) -> torch.nn.Module:
+        """The transformer as the ranks train it together."""
+        config, ranks = self.config, self.ranks
+        if config.recompute:
+            recompute_blocks(transformer)
+        if config.parallel == "fsdp":
+            shard_(transformer, ranks, AUTOCAST_DTYPES.get(config.fp16))
         if config.tfast:
             for block in transformer.blocks:
                 block.compile(mode={1: "reduce-overhead", 2: "max-autotune", 3: "default"}[config.tfast])
-        self.model = transformer
-        if ranks.world > 1:
-            self.model = DistributedDataParallel(
-                transformer,
-                broadcast_buffers=False,  # they are constants
-                gradient_as_bucket_view=True,
-                static_graph=config.ac == 1 and config.pg == 0,
-            )
+        if config.parallel == "fsdp" or ranks.world == 1:
+            return transformer
+        same_every_step = config.ac == 1 and config.pg == 0 and config.scale_groups == "together"
+        return replicated(transformer, static_graph=same_every_step, unused_parameters=config.scale_groups == "drawn")
 
     # --- what a step needs ----------------------------------------------------------------------------------------------
 
@@ -121,31 +144,44 @@ class Trainer:
     def _indices(self, batch: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W) or cached tokens (B, L) -> K index tensors (B, h_k * w_k)."""
         batch = batch.to(self.ranks.device, non_blocking=True)
-        return self.tokenizer.encode(batch) if batch.is_floating_point() else self.pyramid.split(batch)
+        return self.tokenizer.encode(batch) if batch.is_floating_point() else self.pyramid.split(batch.long())
+
+    def _drop_classes(self, labels: Tensor, micro_batch: int) -> Tensor:
+        """Labels (B,), some replaced by "no class". Drawn for the whole step, so that the number of ranks does not matter."""
+        config, ranks = self.config, self.ranks
+        generator = torch.Generator().manual_seed(step_seed(config.seed, self.state.step))
+        dropped = torch.rand(config.bs, generator=generator) < config.class_dropout
+        first = (micro_batch * ranks.world + ranks.rank) * self.rank_batch
+        return labels.masked_fill(dropped[first : first + len(labels)], self.state.transformer.unconditional)
 
     def _token_losses(
-        self, model: torch.nn.Module, indices: list[Tensor], labels: Tensor, label_smoothing: float
+        self, model: torch.nn.Module, targets: Tensor, inputs: Tensor, labels: Tensor, scales: range, label_smoothing: float
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and correctness of every token, (B, L) each: one computation for training and validation."""
-        targets = torch.cat(indices, dim=1)  # (B, L)
-        inputs = self.tokenizer.teacher_inputs(indices)
-        with self._autocast():
-            logits = model(labels, inputs)  # (B, L, V)
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=label_smoothing)
-        return losses.view_as(targets), logits.detach().argmax(dim=-1) == targets
+        """Cross-entropy and likeliest code of every token of consecutive scales, (B, L_of_scales) each.
 
-    def _gradient_exchange(self, now: bool) -> contextlib.AbstractContextManager:
-        """Ranks average their gradients in the last micro-batch of a step only."""
-        return contextlib.nullcontext() if now or self.ranks.world == 1 else self.model.no_sync()
+        targets (B, L) and inputs (B, L - h_1 * w_1, code_dim) of all scales, labels (B,). One computation for training and
+        validation.
+        """
+        tokens, start = self.pyramid.tokens(scales), self.pyramid.lengths[0]
+        with self._autocast():
+            own_inputs = inputs[:, max(tokens.start - start, 0) : tokens.stop - start]
+            logits = model(labels, own_inputs, scales.start)  # (B, L_of_scales, V)
+        targets = targets[:, tokens]
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=label_smoothing)
+        return losses.view_as(targets), logits.detach().argmax(dim=-1)
 
     def _autocast(self) -> torch.autocast:
         dtype = AUTOCAST_DTYPES.get(self.config.fp16)
         return torch.autocast(self.ranks.device.type, dtype=dtype, enabled=dtype is not None)
 
+    def _new_tally(self) -> Tally:
+        model = self.state.transformer.config
+        return Tally(self.pyramid, model.num_codes, model.num_classes, self.ranks.device)
+
     # --- one step -------------------------------------------------------------------------------------------------------
 
-    def train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """Take `ac` micro-batches, advance the state by one step and return sums for the log."""
+    def train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> StepResult:
+        """Take `ac` micro-batches and advance the state by one step."""
         config, state = self.config, self.state
         torch.manual_seed(step_seed(config.seed, state.step, self.ranks.rank))
         progress = self.progress()
@@ -162,181 +198,288 @@ class Trainer:
             config.warmup_share,
             (config.pgwp or config.ep / 300) / config.ep,
         )
-        newest = self.pyramid.tokens(range(num_scales - 1, num_scales))
+        groups = scale_groups(config.scale_groups, num_scales, self.large_scales, state.step)
+        weights = torch.ones(self.pyramid.num_tokens, device=self.ranks.device)
+        weights[self.pyramid.tokens(range(num_scales - 1, num_scales))] = newest_weight
 
-        sums = torch.zeros(4, device=self.ranks.device)  # loss, last loss, accuracy, last accuracy
+        tally = self._new_tally()
         for micro_batch in range(config.ac):
             batch, labels = next(batches)
+            labels = self._drop_classes(labels, micro_batch).to(self.ranks.device, non_blocking=True)
             indices = self._indices(batch)[:num_scales]
-            labels = labels.to(self.ranks.device, non_blocking=True)
-            dropped = torch.rand(labels.shape, device=labels.device) < config.class_dropout
-            labels = labels.masked_fill(dropped, state.transformer.unconditional)
-            with self._gradient_exchange(now=micro_batch == config.ac - 1):
-                losses, correct = self._token_losses(self.model, indices, labels, config.ls)
-                weights = losses.new_ones(losses.shape[1])
-                weights[newest] = newest_weight
-                loss = (losses * weights).sum(dim=1).mean() / self.pyramid.num_tokens
-                state.scaler.scale(loss / config.ac).backward()
-            for i, values in enumerate((losses, losses[:, newest], correct, correct[:, newest])):
-                sums[i] += values.detach().float().mean() / config.ac
+            targets, inputs = torch.cat(indices, dim=1), self.tokenizer.teacher_inputs(indices)
+            for scales in groups:
+                is_last = micro_batch == config.ac - 1 and scales == groups[-1]
+                with gradient_exchange(self.model, now=is_last):
+                    losses, predictions = self._token_losses(self.model, targets, inputs, labels, scales, config.ls)
+                    tokens = self.pyramid.tokens(scales)
+                    loss = (losses * weights[tokens]).sum(dim=1).mean() / self.pyramid.num_tokens
+                    state.scaler.scale(loss / config.ac).backward()
+                tally.add(scales, losses, predictions, targets[:, tokens], labels)
 
+        grad_norm = self._advance(tally)
+        return StepResult(tally, grad_norm, learning_rate, decay, num_scales)
+
+    def _advance(self, tally: Tally) -> Tensor:
+        """Apply the gradients, or skip the step where they are not finite; returns their norm before clipping."""
+        config, state = self.config, self.state
         state.scaler.unscale_(state.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(state.transformer.parameters(), config.tclip or math.inf)
-        if config.fp16 != 1 and not torch.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"step {state.step}: the gradient is not finite (loss {sums[0].item():.4g}); the last checkpoint is untouched: "
-                f"lower --tblr or use --fp16=0"
-            )
-        state.scaler.step(state.optimizer)
+        grad_norm = grad_norm.full_tensor() if config.parallel == "fsdp" else grad_norm
+        is_finite = bool(torch.isfinite(grad_norm))
+        if not is_finite:
+            state.skipped_in_a_row += 1
+            if config.fp16 != 1 or state.skipped_in_a_row >= config.max_bad_steps:
+                raise FloatingPointError(self._explain(tally))
+            state.skipped_steps += 1
+        else:
+            state.skipped_in_a_row = 0
+        state.scaler.step(state.optimizer)  # skips by itself what is not finite
         state.scaler.update()
+        if state.scaler.is_enabled() and state.scaler.get_scale() > LARGEST_LOSS_SCALE:
+            state.scaler.update(LARGEST_LOSS_SCALE)
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        if state.ema is not None:
+        if is_finite:
             self._update_ema()
-        return {
-            "sums": sums,
-            "grad_norm": grad_norm,
-            "learning_rate": torch.tensor(learning_rate),
-            "weight_decay": torch.tensor(decay),
-            "scales": torch.tensor(num_scales),
-        }
+        return grad_norm
+
+    def _explain(self, tally: Tally) -> str:
+        """Where a step that is not finite went wrong: asked of all ranks, told by each."""
+        state = self.state
+        by_scale = tally.metrics()["loss_by_scale"]
+        names = list(by_scale)
+        by_rank = self.ranks.gather(torch.tensor(list(by_scale.values())))  # (world, scales)
+        where = torch.nonzero(~torch.isfinite(by_rank)).tolist()
+        if where:
+            rank, k = where[0]
+            what = f"the loss is {by_rank[rank, k]:.4g} at scale {names[k]} on rank {rank}"
+        else:
+            rank, k = divmod(int(by_rank.argmax()), len(names))
+            what = f"the gradient is not finite (largest loss {by_rank[rank, k]:.4g} at scale {names[k]} on rank {rank})"
+        scaling = f" at loss scale {state.scaler.get_scale():g}" if self.config.fp16 == 1 else ""
+        in_a_row = f", {state.skipped_in_a_row} such steps in a row" if state.skipped_in_a_row > 1 else ""
+        return (
+            f"step {state.step + 1}: {what}{scaling}{in_a_row}; the last checkpoint is untouched: "
+            f"lower --tblr{' or use --fp16=0' if self.config.fp16 else ''}"
+        )
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        decay = min(self.config.ema, (1 + self.state.step) / (10 + self.state.step))
-        averaged, current = self.state.ema, self.state.transformer.state_dict()
-        torch._foreach_lerp_(list(averaged.values()), [current[name] for name in averaged], 1 - decay)
+        averaged, current = self.state.ema, named(self.state.transformer)
+        if averaged:
+            decay = min(self.config.ema, (1 + self.state.step) / (10 + self.state.step))
+            torch._foreach_lerp_(list(averaged.values()), [current[name] for name in averaged], 1 - decay)
 
     # --- evaluation -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy on the held-out images, over all tokens and over those of the last scale."""
+    def evaluate(self, stop: StopRequest | None = None) -> Tally | None:
+        """Losses and predictions on the held-out images, summed over all ranks; None where a stop was requested meanwhile."""
         # Differs from M-VAR: the forward pass is that of training, and class dropout is off.
-        transformer = self.state.transformer.eval()
-        totals = torch.zeros(2, self.pyramid.num_tokens, dtype=torch.float64, device=self.ranks.device)
-        count = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for batch, labels in self.data.val_batches(self.rank_batch, self.ranks.rank, self.ranks.world):
-            indices = self._indices(batch)
-            losses, correct = self._token_losses(transformer, indices, labels.to(self.ranks.device), 0.0)
-            totals += torch.stack([losses.double().sum(0), correct.double().sum(0)])
-            count += len(losses)
+        transformer, tally, nowhere = self.state.transformer.eval(), self._new_tally(), self._new_tally()
+        filler = torch.zeros(1, self.pyramid.num_tokens, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+        batches = iter(self.data.val_batches(self.rank_batch, self.ranks.rank, self.ranks.world))
+        with whole_outside_forward(transformer):
+            while True:
+                batch = next(batches, None)
+                going_on = self.ranks.largest(2 if stop is not None and stop.number else int(batch is not None))
+                if going_on != 1:
+                    break
+                # a rank that has no more goes through the motions: the ranks of a sharded model compute together
+                images, labels = filler if batch is None else batch
+                labels, indices = labels.to(self.ranks.device), self._indices(images)
+                targets, inputs = torch.cat(indices, dim=1), self.tokenizer.teacher_inputs(indices)
+                losses, predictions = self._token_losses(transformer, targets, inputs, labels, self.pyramid.scales, 0.0)
+                (nowhere if batch is None else tally).add(self.pyramid.scales, losses, predictions, targets, labels)
         transformer.train()
-        losses, accuracies = self.ranks.sum(totals) / self.ranks.sum(count)  # (L,) each
-        last = self.pyramid.tokens(self.pyramid.scales[-1:])
-        return {
-            "val_loss": losses.mean().item(),
-            "val_loss_last": losses[last].mean().item(),
-            "val_accuracy": accuracies.mean().item(),
-            "val_accuracy_last": accuracies[last].mean().item(),
-        }
+        if going_on == 2:
+            return None
+        tally.sums.copy_(self.ranks.sum(tally.sums))
+        return tally
+
+    def _validate(self, log: RunLog, stop: StopRequest) -> dict[str, float]:
+        """Evaluate and log; the validation stays due where a stop was requested meanwhile."""
+        tally = self.evaluate(stop)
+        if tally is None:
+            return {}
+        state, metrics = self.state, tally.metrics("val_")
+        log.metrics(state.step, {"epoch": self._epoch(), **metrics})
+        log.classes(state.step, *tally.by_class())
+        if self.config.val_samples and (self.ranks.is_main or self.sharded is not None):  # a sharded model needs all ranks
+            log.image(state.step, "samples", self._draw_samples())
+        if self.ranks.is_main:
+            log.image(state.step, "reconstructions", self._draw_reconstructions())
+        figures = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
+        log.text(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+        state.validation_due = False
+        return figures
+
+    @torch.no_grad()
+    def _draw_samples(self) -> Image.Image:
+        """A sample of each of the first classes, the same random numbers at every validation, by the averaged weights."""
+        transformer, names = self.state.transformer.eval(), self.data.class_names
+        labels = torch.arange(min(self.config.val_samples, len(names)), device=self.ranks.device)
+        generator = torch.Generator(self.ranks.device).manual_seed(0)
+        with self._averaged_weights(), whole_outside_forward(transformer), self._autocast():
+            images = generate(transformer, self.tokenizer, labels, generator=generator).images
+        transformer.train()
+        return plots.grid(list(plots.to_uint8(images)[:, None]), [names[label] for label in labels])
+
+    @torch.no_grad()
+    def _draw_reconstructions(self) -> Image.Image:
+        """The first held-out images, where there are pixels, above what their tokens decode to."""
+        images, _ = next(self.data.val_batches(SHOWN_IMAGES, 0, 1))
+        decoded = self.tokenizer.decode(self._indices(images))
+        rows = {"decoded": decoded, **({"original": images} if images.is_floating_point() else {})}
+        return plots.grid([plots.to_uint8((row + 1) / 2) for row in rows.values()], list(rows))
+
+    @contextlib.contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """The model computes with its averaged weights inside; they change places tensor by tensor, in the same memory."""
+
+        def change_places() -> None:
+            current = named(self.state.transformer)
+            for name, averaged in self.state.ema.items():
+                kept = current[name].clone()
+                current[name].copy_(averaged)
+                averaged.copy_(kept)
+
+        change_places()
+        try:
+            yield
+        finally:
+            change_places()
 
     # --- the loop -------------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, float]:
-        """Train to the end, from the last checkpoint where there is one; returns the final validation figures."""
-        state, config = self.state, self.config
-        resumed = self._resume()
-        log = RunLog(self.run, self.ranks.is_main, state.step)
-        if self.ranks.is_main:
+        """Train to the end, from the last checkpoint where there is one; returns the final validation figures.
+
+        After SIGTERM or SIGINT the step is finished and saved, and SystemExit with 128 + the signal's number ends the run.
+        """
+        state, config, ranks = self.state, self.config, self.ranks
+        notes = self._resume()
+        log = RunLog(self.run, ranks.is_main, state.step)
+        if ranks.is_main:
             self._write_config()
-        count = sum(parameter.numel() for parameter in state.transformer.parameters())
-        log.text(
-            f"{'resuming at step ' + str(state.step) if resumed else 'training'}: {config.family} depth {config.depth}, "
-            f"{count / 1e6:.2f}M parameters, pyramid {self.pyramid}, {self.data.size} images, "
-            f"{self.total_steps} steps{f' or {config.max_minutes:g} minutes' if config.max_minutes else ''} of {config.bs}, "
-            f"{self.ranks.world} rank(s) on {self.ranks.device.type}"
-        )
-        ranks, views = self.ranks, self.data.views
-        order = TrainOrder(self.data.size, config.bs, config.seed, ranks.rank, ranks.world, config.ac, views)
+        for note in [*notes, self._headline()]:
+            log.text(note)
+        order = TrainOrder(self.data.size, config.bs, config.seed, ranks.rank, ranks.world, config.ac, self.data.views)
         batches = self.data.train_batches(order, state.step, self.total_steps)
         final: dict[str, float] = {}
         if self._finished():
             log.text(f"nothing left to do at step {state.step}: a longer run needs a larger --ep, --max_steps or --max_minutes")
         mark_time, mark_step = time.monotonic(), state.step  # of the last log line
         clock_start = time.monotonic() - state.seconds
-        while not self._finished():
-            values = self.train_step(batches)
-            state.seconds = time.monotonic() - clock_start
-            if config.max_minutes:
-                state.seconds = self.ranks.from_main(state.seconds)
-            logs, validates, saves = (
-                state.step % every == 0 or self._finished() for every in (config.log_every, self.val_every, self.save_every)
-            )
-            if logs or saves:
-                speed = (state.step - mark_step) * config.bs / (time.monotonic() - mark_time)
-                metrics = self._metrics(values, speed)
-            if logs:
-                mark_time, mark_step = time.monotonic(), state.step
-                log.metrics(state.step, metrics)
-                log.progress(
-                    self.progress(),
-                    state.seconds,
-                    f"step {state.step}, loss {metrics['loss']:.3f}, {speed:.0f} images/s",
-                )
-            if validates:
-                final = self.evaluate()
-                log.metrics(state.step, final)
-                log.text(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
-                mark_time, mark_step = time.monotonic(), state.step
-            if saves:
-                self.save()
+        with StopRequest() as stop:
+            while True:
+                if state.validation_due:
+                    final = self._validate(log, stop)
+                    mark_time, mark_step = time.monotonic(), state.step
+                stopped_by = ranks.largest(stop.number)
+                saves = state.step % self.save_every == 0 or self._finished() or stopped_by
+                if saves and state.step > self.saved_step:
+                    self.save()
+                if self._finished() or stopped_by:
+                    break
+                result = self.train_step(batches)
+                state.seconds = time.monotonic() - clock_start
+                if config.max_minutes:
+                    state.seconds = ranks.from_main(state.seconds)
+                state.validation_due = state.step % self.val_every == 0 or self._finished()
+                if state.step % config.log_every == 0 or self._finished():
+                    speed = (state.step - mark_step) * config.bs / (time.monotonic() - mark_time)
+                    mark_time, mark_step = time.monotonic(), state.step
+                    metrics = self._metrics(result, speed)
+                    log.metrics(state.step, metrics)
+                    share = self.progress()
+                    total = round(state.step / share) if config.max_minutes else self.total_steps
+                    log.progress(state.step, total, share, state.seconds, metrics)
+                if self.sharded is not None:
+                    self.sharded.poll()
+            if self.sharded is not None:
+                self.sharded.finish()
+        if stopped_by:
+            name = signal.Signals(stopped_by).name
+            log.text(f"stopped by {name} after step {state.step}, which is saved: the same command goes on from there")
         log.close()
+        if stopped_by:
+            raise SystemExit(128 + stopped_by)
         return final
+
+    def _headline(self) -> str:
+        config, state = self.config, self.state
+        count = sum(parameter.numel() for parameter in state.transformer.parameters())
+        return (
+            f"{f'resuming at step {state.step}' if state.step else 'training'}: {config.family} depth {config.depth}, "
+            f"{count / 1e6:.2f}M parameters, pyramid {self.pyramid}, {self.data.size} images, "
+            f"{self.total_steps} steps{f' or {config.max_minutes:g} minutes' if config.max_minutes else ''} of {config.bs}, "
+            f"{self.ranks.world} rank(s) on {self.ranks.device.type}"
+        )
+
+    def _epoch(self) -> float:
+        return self.state.step * self.config.bs / self.data.size
 
     def _finished(self) -> bool:
         over_time = self.config.max_minutes and self.state.seconds >= 60 * self.config.max_minutes
         return self.state.step >= self.total_steps or bool(over_time)
 
-    def _metrics(self, values: dict[str, Tensor], speed: float) -> dict[str, float]:
-        """Figures of the last step for the log; FloatingPointError where the loss, float32 under fp16 too, is not finite."""
-        loss, loss_last, accuracy, accuracy_last = (self.ranks.sum(values["sums"]) / self.ranks.world).tolist()
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"step {self.state.step}: the loss is {loss} (loss scale {self.state.scaler.get_scale():g}); "
-                f"the last checkpoint is untouched: lower --tblr or use --fp16=0"
-            )
-        return {
-            "loss": loss,
-            "loss_last": loss_last,
-            "accuracy": accuracy,
-            "accuracy_last": accuracy_last,
-            "grad_norm": values["grad_norm"].item(),
-            "learning_rate": values["learning_rate"].item(),
-            "weight_decay": values["weight_decay"].item(),
-            "scales": values["scales"].item(),
-            "loss_scale": self.state.scaler.get_scale(),
+    def _metrics(self, result: StepResult, speed: float) -> dict[str, float | dict[str, float]]:
+        """Figures of the last step for the log, over all ranks; speed in images per second."""
+        state, tally = self.state, result.tally
+        tally.sums.copy_(self.ranks.sum(tally.sums))
+        metrics = {
+            "epoch": self._epoch(),
+            **tally.metrics(),
+            "grad_norm": result.grad_norm.item(),
+            "learning_rate": result.learning_rate,
+            "weight_decay": result.weight_decay,
+            "scales": result.num_scales,
+            "loss_scale": state.scaler.get_scale(),
+            "skipped_steps": state.skipped_steps,
             "images_per_second": speed,
+            "memory_gb": peak_memory(self.ranks.device) / 1e9,
         }
+        return metrics | ({"mfu": speed * self.mfu_of_image} if self.mfu_of_image else {})
 
     # --- saving and resuming --------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint (main rank); the others wait."""
-        state = self.state
+        """Write a checkpoint: the main rank while the others wait; of a sharded model, all ranks in the background."""
+        state, config = self.state, self.config
+        description = Description("transformer", self.data.class_names, config.vae, asdict(config))
+        numbers = state.numbers() | {"ranks": self.ranks.world}
+        arguments = (self.run, state.step, state.transformer.config, description, numbers, state.tensors(), config.keep)
+        self.saved_step = state.step
+        if self.sharded is not None:
+            self.sharded.start(*arguments)
+            return
         if self.ranks.is_main:
-            description = Description("transformer", self.data.class_names, self.config.vae, asdict(self.config))
-            training = {"seconds": state.seconds, "scaler": state.scaler.state_dict()}
-            optimizer = state.optimizer.state_dict()
-            save_checkpoint(
-                self.run, state.step, state.transformer, description, training, optimizer, state.ema, self.config.keep
-            )
+            save_checkpoint(*arguments)
         self.ranks.barrier()
 
-    def _resume(self) -> bool:
-        checkpoint = latest_checkpoint(self.run)
-        if checkpoint is None:
-            return False
+    def _resume(self) -> list[str]:
+        """Take up the newest undamaged checkpoint of the run, if there is one; returns what is to be told about it."""
+        step, notes = -1, []
+        if self.ranks.is_main:
+            checkpoint, notes = choose_intact(self.run)
+            step = -1 if checkpoint is None else step_of(checkpoint)
+        step = int(self.ranks.from_main(step))
+        if step < 0:
+            return notes
+        checkpoint = place(self.run, step)
         check_same_model(checkpoint, self.state.transformer.config)
-        training, optimizer, ema = load_training(checkpoint, self.state.transformer)
-        self.state.step, self.state.seconds = training["step"], training["seconds"]
-        self.state.optimizer.load_state_dict(optimizer)
-        if training["scaler"] and self.config.fp16 == 1:  # empty where the run so far had another precision
-            self.state.scaler.load_state_dict(training["scaler"])
-        if self.state.ema is not None:  # a run so far without an average starts one from its weights
-            average = ema if ema is not None else self.state.transformer.state_dict()
-            self.state.ema = {name: weight.detach().clone().to(self.ranks.device) for name, weight in average.items()}
-        return True
+        check_classes(load_description(checkpoint).class_names, self.data.class_names, checkpoint, "the data given")
+        numbers = read_numbers(checkpoint)
+        restore_(self.state.tensors(), checkpoint)
+        self.state.set_numbers(numbers)
+        self.saved_step = step
+        if numbers["ranks"] != self.ranks.world:
+            notes.append(
+                f"the run so far had {numbers['ranks']} rank(s), now {self.ranks.world}: same batches, other draws of drop-path"
+            )
+        return notes
 
     def _write_config(self) -> None:
         self.run.mkdir(parents=True, exist_ok=True)
@@ -347,6 +490,13 @@ class Trainer:
             "torch": torch.__version__,
         }
         replace_text(self.run / "config.json", json.dumps(resolved, indent=1) + "\n")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most in use so far: of the GPU by tensors, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def check_same_model(checkpoint: Path, config: TransformerConfig) -> None:

@@ -125,9 +125,10 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.qkv.weight, bias)  # (B, L, 3C)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, D) each
         if self.normalize:  # in float32, since the scale may reach 100
-            scale = self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
-            q = (F.normalize(q.to(scale.dtype), dim=-1) * scale).to(v.dtype)
-            k = F.normalize(k.to(scale.dtype), dim=-1).to(v.dtype)
+            wide = torch.promote_types(v.dtype, torch.float32)
+            scale = self.log_scale.to(wide).clamp(max=MAX_LOG_SCALE).exp()
+            q = (F.normalize(q.to(wide), dim=-1) * scale).to(v.dtype)
+            k = F.normalize(k.to(wide), dim=-1).to(v.dtype)
         return [q, k, v]
 
     def _groups(self, scales: range) -> list[range]:

@@ -154,7 +154,8 @@ def causal_conv(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor) -> tuple[
     """
     length = x.shape[1]
     x = torch.cat([tail.to(x.dtype), x], dim=1)
-    return _CausalConv.apply(x, weight.squeeze(1), bias), x[:, length:]
+    # the tail is a copy: a view would keep all of x in memory for as long as the state lives
+    return _CausalConv.apply(x, weight.squeeze(1), bias), x[:, length:].clone()
 
 
 class GatedRMSNorm(nn.Module):

@@ -1,20 +1,27 @@
-"""Encode a folder of images once, so that train.py --token_cache need not run the tokenizer at every step."""
+"""Encode a folder of images once, so that train.py --token_cache need not run the tokenizer at every step.
 
-import re
+Under torchrun all ranks share the work. The same command, with any number of ranks, resumes a run that was killed.
+"""
+
+import shutil
 import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from dist import Ranks, process_group
 from models.tokenizer import VQVAE
-from utils import cli, data
+from utils import cli, data, token_cache
 from utils.checkpoint import load_tokenizer
 from utils.cli import flag, required
-from utils.token_cache import CacheWriter, Manifest, fingerprint, write_manifest
+from utils.token_cache import ARRAYS, Plan, Shard
 
 
 @dataclass(frozen=True)
@@ -23,88 +30,157 @@ class CacheConfig:
 
     vae: str = required("tokenizer: released file, directory, or owner/name[:file]")
     data_path: str = required("directory with train/<class>/* and val/<class>/*")
-    out: str = required("directory of the cache; a finished cache in it is not touched")
+    out: str = required("directory of the cache; an unfinished one is resumed, a finished one not touched")
     views: int = flag(1, "random crops per training image; 1 with --center_crop")
     center_crop: bool = flag(False, "cut training images out of the middle too, instead of at random")
     hflip: bool = flag(False, "mirror half of the training views")
     resize: float = flag(1.125, "images are resized to this times their final size, then cropped", "--mid_reso")
-    batch: int = flag(128, "images per forward pass")
-    workers: int = flag(0, "processes that load images")
+    batch: int = flag(128, "images per forward pass, per rank")
+    workers: int = flag(0, "processes that load images, per rank")
     seed: int = flag(0, "of crops and mirroring")
 
     def __post_init__(self):
         if self.views < 1 or self.batch < 1:
             raise ValueError(f"--views={self.views}, --batch={self.batch}: give at least 1")
+        if self.workers < 0 or self.seed < 0:
+            raise ValueError(f"--workers={self.workers}, --seed={self.seed}: give 0 or more")
         data.check_resize(self.resize)
         if self.views > 1 and self.center_crop and not self.hflip:
             raise ValueError(f"--views={self.views} with --center_crop would repeat the same tokens: give --views=1")
 
 
-def encode_split(
-    tokenizer: VQVAE, images: data.Images, views: int, split: str, out: Path, config: CacheConfig
-) -> tuple[int, dict[str, str]]:
-    """Write one split, all views of an image behind one another; returns its rows and the hashes of its files."""
-    rows = len(images) * views
-    device = next(tokenizer.parameters()).device
-    writer = CacheWriter(out, split, rows, tokenizer.pyramid.num_tokens)
-    batches = [(positions, positions // views) for positions in data.in_order(rows, config.batch)]
-    with tqdm(total=rows, unit="image", desc=f"encoding {split}", mininterval=0.2 if sys.stderr.isatty() else 20) as bar:
-        loaded = data.batches_at(images, batches, config.workers)
-        for (_, source), (pixels, labels) in zip(batches, loaded, strict=True):
-            indices = tokenizer.encode(pixels.to(device, non_blocking=True))
-            writer.add(torch.cat(indices, dim=1), labels, source)
-            bar.update(len(source))
-    return rows, writer.close()
+def make_plan(config: CacheConfig, tokenizer: VQVAE, train: data.ImageFiles, val: data.ImageFiles) -> Plan:
+    """What this command would write. ValueError for a tokenizer whose tokens or images do not fit."""
+    height, width = tokenizer.config.image_shape
+    if height != width:
+        raise ValueError(f"pyramid {tokenizer.pyramid}: encoding from folders needs square images")
+    if tokenizer.config.num_codes > 1 << 16:
+        raise ValueError(f"{config.vae}: {tokenizer.config.num_codes} codes do not fit into 16 bits: give another tokenizer")
+    rows = {"train": len(train.paths) * config.views, "val": len(val.paths)}
+    return Plan(
+        sides=[side if isinstance(side, int) else list(side) for side in tokenizer.pyramid.sides],  # as JSON gives them back
+        num_codes=tokenizer.config.num_codes,
+        tokenizer=config.vae,
+        fingerprint=token_cache.fingerprint(tokenizer),
+        class_names=train.class_names,
+        pixels=height,
+        resize=config.resize,
+        augment=not config.center_crop,
+        flip=config.hflip,
+        views=config.views,
+        seed=config.seed,
+        rows=rows,
+        rows_per_shard={split: token_cache.rows_per_shard(count) for split, count in rows.items()},
+        listing=token_cache.listing_hash(config.data_path, train, val),
+    )
 
 
-def clear_leftovers(out: Path) -> None:
-    """Remove what an interrupted run left; ValueError, and nothing removed, where other things lie there."""
-    found = list(out.glob("*")) if out.exists() else []
-    strangers = [
-        path.name for path in found if not re.fullmatch(r"(train|val)_\d{5}_\w+\.npy|\.manifest\.json\.writing", path.name)
-    ]
+def check_directory(out: Path, plan: Plan) -> None:
+    """Look only: ValueError where `out` holds a cache begun with other settings, or things that are no part of one."""
+    token_cache.check_plan(out, plan)
+    shards = plan.shards(*token_cache.SPLITS) if (out / "plan.json").exists() else []  # without it they may be of anything
+    ours = {"plan.json", *(shard.file(array) for shard in shards for array in ARRAYS)}
+    found = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    strangers = [name for name in found if name not in ours and not token_cache.UNFINISHED.fullmatch(name)]
     if strangers:
-        raise ValueError(f"{out}: holds {strangers[0]!r}, which is no part of a token cache: give another --out")
-    for path in found:
+        raise ValueError(
+            f"{out}: holds {strangers[0]!r}, which is no part of a token cache that can be resumed: give another --out"
+        )
+
+
+def check_room(out: Path, plan: Plan, shards: list[Shard]) -> None:
+    """OSError, naming needed and free bytes, where these shards do not fit on the disk."""
+    needed = sum(token_cache.array_bytes(count_rows(shards), 1, plan.pyramid.num_tokens).values())
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise OSError(f"{out}: {needed:,} bytes are still to be written, the disk has {free:,} free: make room there")
+
+
+def begin(out: Path, plan: Plan) -> None:
+    """Note the plan, before the first shard; remove what a killed run had not finished writing."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in out.glob(".*.writing"):
         path.unlink()
+    token_cache.write_plan(out, plan)
 
 
-def main() -> None:
-    config = cli.parse(CacheConfig, __doc__)
+def encode_shards(
+    tokenizer: VQVAE, images: data.Images, views: int, shards: list[Shard], out: Path, config: CacheConfig
+) -> Iterator[int]:
+    """Write these shards of one split, all views of an image behind one another; yields the images of every batch."""
+    device = next(tokenizer.parameters()).device
+    # batches end where shards end, so that what is computed together does not depend on who computes it
+    batches = ((positions, positions // views) for shard in shards for positions in shard.batches(config.batch))
+    loaded = data.batches_at(images, batches, config.workers)
+    for shard in shards:
+        parts = []
+        for positions in shard.batches(config.batch):
+            pixels, labels = next(loaded)
+            indices = tokenizer.encode(pixels.to(device, non_blocking=True))
+            tokens = torch.cat(indices, dim=1).cpu().numpy().astype(np.uint16)  # (B, L)
+            parts.append((tokens, labels.numpy(), positions // views))
+            yield len(positions)
+        arrays = map(np.concatenate, zip(*parts, strict=True))
+        token_cache.write_shard(out, shard, dict(zip(ARRAYS, arrays, strict=True)))
+
+
+def encode(config: CacheConfig, ranks: Ranks) -> None:
+    """Encode what is missing, this rank its share of it; the main rank finishes the cache."""
     out = Path(config.out)
     if (out / "manifest.json").exists():
         raise ValueError(f"{out}: a finished token cache is there: give another --out or remove it")
     train, val = data.read_folders(config.data_path)
-    tokenizer = load_tokenizer(config.vae).to("cuda" if torch.cuda.is_available() else "cpu")
-    pixels = tokenizer.config.image_shape[0]
-    augment = not config.center_crop
-    clear_leftovers(out)
-    out.mkdir(parents=True, exist_ok=True)
-    rows, hashes = {}, {}
-    for split, images, views in (
-        ("train", data.Images(train, pixels, config.resize, augment, config.hflip, config.seed), config.views),
-        ("val", data.Images(val, pixels, config.resize), 1),
-    ):
-        rows[split], split_hashes = encode_split(tokenizer, images, views, split, out, config)
-        hashes |= split_hashes
-    write_manifest(
-        out,
-        Manifest(
-            sides=list(tokenizer.pyramid.sides),
-            num_codes=tokenizer.config.num_codes,
-            tokenizer=config.vae,
-            fingerprint=fingerprint(tokenizer),
-            class_names=train.class_names,
-            pixels=pixels,
-            resize=config.resize,
-            augment=augment,
-            flip=config.hflip,
-            views=config.views,
-            rows=rows,
-            hashes=hashes,
-        ),
-    )
-    print(f"wrote {rows['train']} + {rows['val']} token pyramids of {tokenizer.pyramid} to {out}")
+    tokenizer = load_tokenizer(config.vae).to(ranks.device)
+    plan = make_plan(config, tokenizer, train, val)
+    # every rank looks, and so stops with the same error, before any of them writes
+    check_directory(out, plan)
+    missing = token_cache.missing_shards(out, plan)
+    check_room(out, plan, missing)
+    ranks.barrier()
+    if ranks.is_main:
+        begin(out, plan)
+    ranks.barrier()
+
+    mine = missing[ranks.rank :: ranks.world]
+    total, left, share = sum(plan.rows.values()), count_rows(missing), count_rows(mine)
+    splits = {
+        "train": (data.Images(train, plan.pixels, plan.resize, plan.augment, plan.flip, plan.seed), plan.views),
+        "val": (data.Images(val, plan.pixels, plan.resize), 1),
+    }
+    interval = 0.2 if sys.stderr.isatty() else 20
+    with tqdm(
+        total=total, initial=total - left, unit="image", desc="encoding", mininterval=interval, disable=not ranks.is_main
+    ) as bar:
+        done = 0
+        for split, (images, views) in splits.items():
+            shards = [shard for shard in mine if shard.split == split]
+            for count in encode_shards(tokenizer, images, views, shards, out, config):
+                done += count
+                # images of all ranks, the others taken to be as far as this one
+                bar.update(total - left + round(left * done / share) - bar.n)
+    # Ranks wait for files, not in a collective: those time out, and one rank may be a shard behind the others.
+    if ranks.is_main:
+        wait_until(lambda: not token_cache.missing_shards(out, plan))
+        token_cache.write_manifest(out, plan)
+        print(f"wrote {plan.rows['train']} + {plan.rows['val']} token pyramids of {plan.pyramid} to {out}")
+    else:
+        wait_until((out / "manifest.json").exists)
+
+
+def count_rows(shards: list[Shard]) -> int:
+    return sum(len(shard.rows) for shard in shards)
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    while not happened():
+        time.sleep(0.2)
+
+
+def main() -> None:
+    config = cli.parse(CacheConfig, __doc__)
+    with process_group() as ranks:
+        encode(config, ranks)
 
 
 if __name__ == "__main__":

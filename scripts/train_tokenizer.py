@@ -20,10 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from dist import Ranks, process_group
 from models.tokenizer import TOKENIZER_PRESETS, VQVAE
 from utils import cli, data
-from utils.checkpoint import Description, latest_checkpoint, load_training, read_model_config, save_checkpoint
+from utils.checkpoint import Description, read_model_config
 from utils.cli import flag, required
 from utils.log import RunLog
 from utils.optim import learning_rate_factor
+from utils.run_checkpoints import choose_intact, place, step_of
+from utils.signals import StopRequest
+from utils.train_state import flattened, named, optimizer_tensors
+from utils.training_checkpoint import read_numbers, restore_, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,10 @@ class TokenizerTrainer:
 
     def fit(self) -> None:
         config = self.config
-        self._resume()
+        notes = self._resume()
         log = RunLog(self.run, self.ranks.is_main, self.step)
+        for note in notes:
+            log.text(note)
         log.text(
             f"training tokenizer {config.preset} on {len(self.train_images)} images, pyramid {self.tokenizer.pyramid}, "
             f"{sum(p.numel() for p in self.tokenizer.parameters()) / 1e6:.2f}M parameters, from step {self.step}"
@@ -95,25 +101,34 @@ class TokenizerTrainer:
         batches = data.train_batches(self.train_images, order, self.step, config.max_steps, config.workers)
         start = time.monotonic() - self.seconds
         mark_time, mark_step = time.monotonic(), self.step
-        while not self._finished():
-            metrics = self.train_step(batches)
-            self.seconds = time.monotonic() - start
-            if config.max_minutes:
-                self.seconds = self.ranks.from_main(self.seconds)
-            if self.step % config.log_every == 0 or self._finished():
-                speed = (self.step - mark_step) * config.bs / (time.monotonic() - mark_time)
-                mark_time, mark_step = time.monotonic(), self.step
-                values = {name: value.item() for name, value in metrics.items()}
-                log.metrics(self.step, {**values, "images_per_second": speed})
-                message = f"step {self.step}, loss {values['loss']:.4f}, {values['psnr']:.1f} dB, {speed:.0f} images/s"
-                log.progress(self._progress(), self.seconds, message)
-            if self.step % config.save_every == 0 or self._finished():
-                figures = self.evaluate()
-                log.metrics(self.step, figures)
-                log.text(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-                self._save()
-                mark_time, mark_step = time.monotonic(), self.step
+        with StopRequest() as stop:
+            stopped_by = 0
+            while not self._finished() and not stopped_by:
+                metrics = self.train_step(batches)
+                self.seconds = time.monotonic() - start
+                if config.max_minutes:
+                    self.seconds = self.ranks.from_main(self.seconds)
+                if self.step % config.log_every == 0 or self._finished():
+                    speed = (self.step - mark_step) * config.bs / (time.monotonic() - mark_time)
+                    mark_time, mark_step = time.monotonic(), self.step
+                    values = {**{name: value.item() for name, value in metrics.items()}, "images_per_second": speed}
+                    log.metrics(self.step, values)
+                    share = self._progress()
+                    total = round(self.step / share)  # a run that ends by the clock does not reach max_steps
+                    log.progress(self.step, total, share, self.seconds, values)
+                stopped_by = self.ranks.largest(stop.number)
+                if stopped_by:
+                    log.text(f"stopped after step {self.step}, which is saved: the same command goes on from there")
+                    self._save()
+                elif self.step % config.save_every == 0 or self._finished():
+                    figures = self.evaluate()
+                    log.metrics(self.step, figures)
+                    log.text(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+                    self._save()
+                    mark_time, mark_step = time.monotonic(), self.step
         log.close()
+        if stopped_by:
+            raise SystemExit(128 + stopped_by)
 
     def train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         config = self.config
@@ -183,24 +198,35 @@ class TokenizerTrainer:
         hits = self.ranks.sum(self.hits)
         if self.ranks.is_main:
             description = Description("tokenizer", self.class_names, None, asdict(self.config))
-            training = {"seconds": self.seconds, "hits": hits.tolist()}
-            optimizer = self.optimizer.state_dict()
-            save_checkpoint(self.run, self.step, self.tokenizer, description, training, optimizer, keep=self.config.keep)
+            numbers = {"step": self.step, "seconds": self.seconds, "hits": hits.tolist()}
+            config, tensors = self.tokenizer.config, self._tensors()
+            save_checkpoint(self.run, self.step, config, description, numbers, tensors, self.config.keep)
         self.ranks.barrier()
 
-    def _resume(self) -> None:
-        checkpoint = latest_checkpoint(self.run)
-        if checkpoint is None:
-            return
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that is saved and restored in place."""
+        return flattened({"model": named(self.tokenizer), "optimizer": optimizer_tensors(self.tokenizer, self.optimizer)})
+
+    def _resume(self) -> list[str]:
+        """Take up the newest undamaged checkpoint of the run, if there is one; returns what is to be told about it."""
+        step, notes = -1, []
+        if self.ranks.is_main:
+            checkpoint, notes = choose_intact(self.run)
+            step = -1 if checkpoint is None else step_of(checkpoint)
+        step = int(self.ranks.from_main(step))
+        if step < 0:
+            return notes
+        checkpoint = place(self.run, step)
         if read_model_config(checkpoint, "tokenizer") != self.tokenizer.config:
             raise ValueError(
                 f"{checkpoint}: a tokenizer of other sizes is there: resume with its --preset, or use another --out"
             )
-        training, optimizer, _ = load_training(checkpoint, self.tokenizer)
-        self.optimizer.load_state_dict(optimizer)
-        self.step, self.seconds = training["step"], training["seconds"]
+        numbers = read_numbers(checkpoint)
+        restore_(self._tensors(), checkpoint)
+        self.step, self.seconds = numbers["step"], numbers["seconds"]
         if self.ranks.is_main:  # the sum over all ranks; the others go on from zero
-            self.hits.copy_(torch.tensor(training["hits"]))
+            self.hits.copy_(torch.tensor(numbers["hits"]))
+        return notes
 
 
 def psnr(squared_error: Tensor) -> Tensor:

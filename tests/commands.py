@@ -1,18 +1,24 @@
 """Small data sets and ways to run the commands, for the tests of train.py, sample.py and the scripts."""
 
+import contextlib
 import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from models.tokenizer import VQVAE, TokenizerConfig
 from utils.checkpoint import Description, save_model
 from utils.files import written_aside
+from utils.log import read_metrics
+from utils.run_checkpoints import checkpoints
+from utils.training_checkpoint import read_numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("cat", "dog", "fox")
@@ -91,3 +97,60 @@ def run_in_shell(*words, ranks: int = 1, timeout: float = 300, **variables) -> s
         timeout=timeout,
         check=False,
     )
+
+
+class SavedBytes:
+    """Bytes that autograd holds for the backward pass: now and at most."""
+
+    def __init__(self):
+        self.now = self.peak = 0
+        self.holders: dict[int, int] = {}  # of each storage, how often it is held
+
+    def hold(self, storage: torch.UntypedStorage, by: int) -> None:
+        key = storage.data_ptr()
+        before = self.holders.get(key, 0)
+        self.holders[key] = before + by
+        if before == 0 or before + by == 0:
+            self.now += by * storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+
+@contextlib.contextmanager
+def live_saved_bytes() -> Iterator[SavedBytes]:
+    """Watch what autograd keeps inside, each storage counted once, until it lets go of it."""
+    watch = SavedBytes()
+
+    class Held:
+        def __init__(self, tensor: torch.Tensor):
+            self.tensor = tensor
+            watch.hold(tensor.untyped_storage(), 1)
+
+        def __del__(self):
+            watch.hold(self.tensor.untyped_storage(), -1)
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        yield watch
+
+
+NOT_COMPARED = ("time", "images_per_second", "memory_gb")  # of metrics.jsonl: they differ from run to run
+
+
+def log_lines(run: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    return [{name: value for name, value in entry.items() if name not in NOT_COMPARED} for entry in read_metrics(run)]
+
+
+def assert_same_training(run: Path, other: Path) -> None:
+    """Both runs ended in the same state, bit for bit, and logged the same figures on the way."""
+    ours, theirs = checkpoints(run)[-1], checkpoints(other)[-1]
+    assert ours.name == theirs.name
+    for name in ("model", "ema", "optimizer"):
+        files = [path / f"{name}.safetensors" for path in (ours, theirs)]
+        assert files[0].exists() == files[1].exists()
+        tensors = [load_file(file) if file.exists() else {} for file in files]
+        assert tensors[0].keys() == tensors[1].keys()
+        differing = [key for key in tensors[0] if not torch.equal(tensors[0][key], tensors[1][key])]
+        assert not differing, (name, differing)
+    numbers = [{k: v for k, v in read_numbers(path).items() if k != "seconds"} for path in (ours, theirs)]
+    assert numbers[0] == numbers[1]
+    assert log_lines(run) == log_lines(other)

@@ -11,16 +11,11 @@ from small_models import small_tokenizer, small_transformer
 
 from utils.checkpoint import (
     Description,
-    checkpoints,
-    latest_checkpoint,
     load_description,
     load_tokenizer,
-    load_training,
     load_transformer,
     read_tensors,
-    save_checkpoint,
     save_model,
-    written_aside,
 )
 
 TRANSFORMER = Description("transformer", class_names=["cat", "dog"], tokenizer="vae.pth", training={"seed": 3})
@@ -58,10 +53,6 @@ def saved(path: Path, model: torch.nn.Module, description: Description) -> Path:
     path.mkdir(parents=True)
     save_model(path, model, description)
     return path
-
-
-def save_step(run: Path, step: int, model: torch.nn.Module, **options) -> Path:
-    return save_checkpoint(run, step, model, TRANSFORMER, {"epoch": 1}, {"lr": 0.5}, **options)
 
 
 def assert_same_model(ours: torch.nn.Module, other: torch.nn.Module) -> None:
@@ -291,91 +282,3 @@ def test_broken_configuration(tmp_path, model):
     (path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
         load_transformer(path)
-
-
-# --- written aside ------------------------------------------------------------------------------------------------------
-
-
-def write_and_fail(target: Path) -> None:
-    with written_aside(target) as directory:
-        (directory / "file").write_text("new")
-        raise KeyboardInterrupt
-
-
-def test_written_aside_appears_under_its_name_at_the_end(tmp_path):
-    target = tmp_path / "new" / "step_1"
-    with written_aside(target) as directory:
-        (directory / "file").write_text("new")
-        assert not target.exists()
-    assert (target / "file").read_text() == "new"
-    assert list(target.parent.iterdir()) == [target]
-
-
-def test_error_leaves_no_target(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        write_and_fail(tmp_path / "step_1")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_error_leaves_an_older_target_untouched(tmp_path):
-    target = tmp_path / "step_1"
-    target.mkdir()
-    (target / "file").write_text("old")
-    with pytest.raises(KeyboardInterrupt):
-        write_and_fail(target)
-    assert list(tmp_path.iterdir()) == [target]
-    assert (target / "file").read_text() == "old"
-
-
-def test_older_target_and_remains_of_a_killed_process_are_replaced(tmp_path):
-    target = tmp_path / "step_1"
-    for path in (target, tmp_path / ".step_1.writing"):
-        path.mkdir()
-        (path / "stale").touch()
-    with written_aside(target) as directory:
-        (directory / "file").touch()
-    assert [path.name for path in target.iterdir()] == ["file"]
-    assert list(tmp_path.iterdir()) == [target]
-
-
-# --- checkpoints of a run -----------------------------------------------------------------------------------------------
-
-
-def test_keep_bounds_the_number_of_checkpoints(tmp_path, model):
-    for step in (8, 9, 10, 11):
-        save_step(tmp_path, step, model, keep=2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_10", "step_11"]
-    assert latest_checkpoint(tmp_path).name == "step_11"
-
-
-def test_latest_ignores_half_written_and_foreign_directories(tmp_path, model):
-    save_step(tmp_path, 5, model)
-    for name in (".step_7.writing", "step_final", "step_8.tmp", "other"):
-        (tmp_path / "checkpoints" / name).mkdir()
-    assert latest_checkpoint(tmp_path).name == "step_5"
-
-
-def test_no_checkpoint_yet(tmp_path):
-    assert latest_checkpoint(tmp_path) is None
-
-
-def test_averaged_weights_are_loaded_unless_told(tmp_path, model):
-    averaged = {name: tensor + 1 for name, tensor in model.state_dict().items()}
-    save_step(tmp_path, 5, model, ema=averaged)
-    assert torch.equal(load_transformer(tmp_path).head.bias, averaged["head.bias"])
-    assert_same_model(load_transformer(tmp_path, ema=False), model)
-
-
-@pytest.mark.parametrize("ema", [False, True])
-def test_training_state_round_trip(tmp_path, model, ema):
-    averaged = {name: tensor + 1 for name, tensor in model.state_dict().items()}
-    path = save_step(tmp_path, 5, model, ema=averaged if ema else None)
-    other = small_transformer().train()
-    torch.nn.init.zeros_(other.head.weight)
-    training, optimizer, loaded = load_training(path, other)
-    assert training == {"step": 5, "epoch": 1}
-    assert optimizer == {"lr": 0.5}
-    assert other.training
-    assert_same_model(other.eval(), model)
-    assert (loaded is not None) == ema
-    assert all(torch.equal(loaded[name], averaged[name]) for name in loaded or ())

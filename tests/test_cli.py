@@ -7,7 +7,7 @@ import pytest
 from commands import ROOT
 
 from utils import cli
-from utils.cli import flag, required
+from utils.cli import argument, arguments, flag, required
 from utils.config import from_dict, to_dict
 
 
@@ -21,6 +21,13 @@ class Example:
     def __post_init__(self):
         if self.size < 0:
             raise ValueError(f"--size={self.size}: give 0 or more")
+
+
+@dataclass(frozen=True)
+class Positional:
+    command: str = argument("what to do", choices=("show", "count"))
+    runs: tuple[str, ...] = arguments("of what")
+    size: int = flag(3, "how large")
 
 
 @pytest.mark.parametrize(
@@ -48,6 +55,30 @@ def test_flags_fill_the_dataclass(words, expected):
 def test_mistakes_get_one_line_and_exit_code_2(words, message, capsys):
     with pytest.raises(SystemExit) as end:
         cli.parse(Example, "", words)
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["show", "a", "b", "--size=5"], ["show", "--size=5", "a", "b"], ["--size=5", "show", "a", "b"]]
+)
+def test_words_without_a_flag_fill_the_dataclass_by_their_place(words):
+    assert cli.parse(Positional, "", words) == Positional("show", ("a", "b"), 5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "required: command, runs"),
+        (["show"], "required: runs"),
+        (["draw", "a"], "argument command: invalid choice: 'draw' (choose from "),
+    ],
+)
+def test_wrong_and_missing_words_get_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.parse(Positional, "", words)
     assert end.value.code == 2
     errors = capsys.readouterr().err
     assert message in errors

@@ -24,3 +24,21 @@ def test_curves_are_drawn(tmp_path):
     plots.curves(tmp_path / "curves.png", [panel, panel])
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > picture.height
+
+
+def test_a_name_has_one_colour_in_all_panels_which_stand_in_rows(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots.plt, "close", figures.append)
+    points = [(1, 2.0), (2, 1.0)]
+    both = {"title": "t", "x": "step", "y": "", "lines": {"a": points, "b": points}}
+    one = {"title": "t", "x": "step", "y": "", "lines": {"b": points}, "faint": {"b": points}, "log": True}
+    words = {"title": "t", "x": "scale", "y": "", "lines": {"b": [("1x1", 1.0)]}, "dashed": {"known": [("2x2", 2.0)]}}
+    plots.curves(tmp_path / "curves.png", [both, one, words], columns=2)
+    first, second, third, empty = figures[0].axes
+    colour = first.get_lines()[1].get_color()
+    assert [line.get_color() for line in second.get_lines()] == [colour, colour]
+    assert [line.get_color() for line in third.get_lines()] == [colour, "grey"]
+    assert [text.get_text() for text in third.get_legend().get_texts()] == ["b", "known"]
+    assert (first.get_yscale(), second.get_yscale(), empty.get_visible()) == ("linear", "log", False)
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (1210, 880)

@@ -1,33 +1,21 @@
 import json
-import os
 import shlex
-import shutil
-import signal
-import subprocess
-import time
-from pathlib import Path
 
 import pytest
-import torch
 from commands import (
     D12,
-    ROOT,
     SMALL,
-    environment,
     make_images,
     run_in_process,
     run_in_shell,
-    shell_words,
 )
 
 import train
-from dist import Ranks
-from models.transformer import ScaleTransformer
-from trainer import Trainer
 from utils import cli
-from utils.checkpoint import checkpoints, load_description, load_tokenizer, load_transformer
+from utils.checkpoint import load_description, load_transformer
 from utils.log import read_metrics
 from utils.recipe import TrainConfig
+from utils.run_checkpoints import checkpoints
 
 
 @pytest.fixture
@@ -129,50 +117,6 @@ def test_one_rank_takes_the_same_steps_as_two(finished_run, images, tokenizer, t
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_the_same_command_resumes_and_ends_as_if_never_stopped(images, tokenizer, tmp_path, command):
-    flags = [*SMALL, "--vae", tokenizer, "--data_path", images, "--save_every=2"]
-    assert command(*flags, "--local_out_dir_path", tmp_path / "whole")[0] == 0
-    stopped = tmp_path / "stopped"
-    assert command(*flags, "--local_out_dir_path", stopped)[0] == 0
-    shutil.rmtree(stopped / "checkpoints" / "step_4")
-    code, output, _ = command(*flags, "--local_out_dir_path", stopped)
-    assert code == 0
-    assert "resuming at step 2" in output
-    whole, resumed = (load_transformer(tmp_path / name, ema=False) for name in ("whole", "stopped"))
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-    steps = [entry["step"] for entry in read_metrics(stopped) if "loss" in entry]
-    assert steps == [1, 2, 3, 4]
-
-
-def test_a_killed_run_of_two_ranks_goes_on(images, tokenizer, tmp_path):
-    flags = [*SMALL, "--max_steps=400", "--save_every=2", "--vae", tokenizer, "--data_path", images]
-    flags += ["--local_out_dir_path", tmp_path / "run"]
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(shell_words("train.py", *flags, ranks=2), cwd=ROOT, env=environment(), **silent)
-    deadline = time.monotonic() + 120
-    while not checkpoints(tmp_path / "run") and time.monotonic() < deadline:
-        time.sleep(0.1)
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for victim in (process.pid, *map(int, ranks)):  # torchrun first, or it would end the others gently
-        os.kill(victim, signal.SIGKILL)
-    process.wait()
-    saved = int(checkpoints(tmp_path / "run")[-1].name.removeprefix("step_"))
-    result = run_in_shell("train.py", *flags, f"--max_steps={saved + 2}", ranks=2)
-    assert result.returncode == 0, result.stderr
-    assert f"resuming at step {saved}" in result.stdout
-    assert checkpoints(tmp_path / "run")[-1].name == f"step_{saved + 2}"
-
-
-def test_a_run_goes_on_with_another_precision_and_starts_an_average(images, tokenizer, tmp_path, command):
-    run = ["--vae", tokenizer, "--data_path", images, "--local_out_dir_path", tmp_path]
-    assert command(*SMALL, *run, "--max_steps=2", "--ema=0")[0] == 0
-    trained = load_transformer(tmp_path, ema=False)
-    code, output, errors = command(*SMALL, *run, "--max_steps=3", "--fp16=1", "--tblr=1e-9")
-    assert code == 0, errors
-    assert "resuming at step 2" in output
-    torch.testing.assert_close(load_transformer(tmp_path).head.weight, trained.head.weight)  # not the initial weights
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -196,73 +140,6 @@ def test_variants_train(flags, images, tokenizer, tmp_path, command):
     last = read_metrics(tmp_path / "run")[-1]
     assert 0 < last["val_loss"] < 10
     assert 0 <= last["val_accuracy_last"] <= 1
-
-
-def small_trainer(images, tokenizer, run, **changes) -> Trainer:
-    defaults = {"depth": 2, "width": 64, "heads": 1, "bs": 8, "seed": 1, "max_steps": 40, "drop_path": 0.0}
-    config = TrainConfig(**{**defaults, "data_path": str(images), "local_out_dir_path": str(run), **changes})
-    model = load_tokenizer(tokenizer)
-    torch.manual_seed(0)
-    transformer = ScaleTransformer(config.transformer_config(model, 3))
-    transformer.init_weights(config.alng, config.aln, config.hd)
-    return Trainer(config, transformer, model, train.FolderData(config, model), Ranks(0, 1, torch.device("cpu")))
-
-
-def test_training_lowers_the_validation_loss(images, tokenizer, tmp_path):
-    trainer = small_trainer(images, tokenizer, tmp_path, tblr=0.05, alng=0.1, save_every=100, val_every=100)
-    before = trainer.evaluate()["val_loss"]
-    assert trainer.fit()["val_loss"] < before - 0.05
-
-
-def test_validation_is_the_training_loss_without_dropouts(images, tokenizer, tmp_path):
-    """The released M-VAR validates with another computation than it trains; here both are one."""
-    trainer = small_trainer(images, tokenizer, tmp_path, class_dropout=0.0, mid_reso=1.0, bs=9)
-    trainer.data.train = trainer.data.val  # the same images, in order
-    trainer.data.train_batches = lambda *_: trainer.data.val_batches(9, 0, 1)
-    validated = trainer.evaluate()
-    sums = trainer.train_step(trainer.data.val_batches(9, 0, 1))["sums"]
-    assert sums.tolist() == pytest.approx(
-        [validated[name] for name in ("val_loss", "val_loss_last", "val_accuracy", "val_accuracy_last")], abs=1e-5
-    )
-
-
-def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(images, tokenizer, tmp_path):
-    weights = []
-    for ac in (1, 2):
-        trainer = small_trainer(images, tokenizer, tmp_path, class_dropout=0.0, ac=ac, tblr=0.01)
-        order = train.TrainOrder(trainer.data.size, 8, 1, micro_batches=ac)
-        trainer.train_step(trainer.data.train_batches(order, 0, 1))
-        weights.append(torch.cat([p.flatten() for p in trainer.state.transformer.parameters()]))
-    torch.testing.assert_close(*weights, atol=1e-5, rtol=0)
-
-
-def test_progressive_training_computes_no_logits_of_later_scales(images, tokenizer, tmp_path):
-    trainer = small_trainer(images, tokenizer, tmp_path, pg=0.8, pg0=1)
-    order = train.TrainOrder(trainer.data.size, 8, 1)
-    values = trainer.train_step(trainer.data.train_batches(order, 0, 1))
-    assert values["scales"].item() == 2
-    gradient_step = trainer.state.optimizer.state[trainer.state.transformer.position_embed]["exp_avg"]
-    assert gradient_step[:, :5].abs().sum() > 0
-    assert gradient_step[:, 5:].abs().sum() == 0
-
-
-@pytest.mark.parametrize(("fp16", "message"), [(0, "step 0: the gradient is not finite"), (1, "step 3: the loss is nan")])
-def test_a_loss_that_is_not_finite_stops_the_run(fp16, message, images, tokenizer, tmp_path):
-    trainer = small_trainer(images, tokenizer, tmp_path, fp16=fp16)
-    with torch.no_grad():
-        trainer.state.transformer.head.weight[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match=message):
-        trainer.fit()
-    assert checkpoints(tmp_path) == []
-
-
-def test_averaged_weights_follow_the_trained_ones(images, tokenizer, tmp_path):
-    trainer = small_trainer(images, tokenizer, tmp_path, tblr=0.01, max_steps=3, ema=0.5)
-    start = trainer.state.transformer.head.weight.detach().clone()
-    trainer.fit()
-    averaged, current = load_transformer(tmp_path), load_transformer(tmp_path, ema=False)
-    assert (start - averaged.head.weight).norm() < (start - current.head.weight).norm()
-    assert not torch.equal(start, averaged.head.weight)
 
 
 # --- wrong input --------------------------------------------------------------------------------------------------------

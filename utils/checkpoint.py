@@ -1,14 +1,13 @@
-"""Models and training state on disk: written aside and renamed, read strictly, never executed.
+"""Models on disk: read strictly, never executed.
 
-Our format is a directory: model.safetensors and config.json, and for training ema.safetensors, optimizer.pt and
-train_state.json beside them. Released files are read through utils/official.py. Pickled objects are refused: .pth files load
-with weights_only=True, everything else is safetensors or JSON.
+Our format is a directory with model.safetensors and config.json; in a checkpoint of a run (utils/training_checkpoint.py) the
+averaged weights stand beside them, or all tensors in shards. Released files are read through utils/official.py. Pickled objects
+are refused: .pth files load with weights_only=True, everything else is safetensors or JSON.
 """
 
 import json
 import pickle
 import re
-import shutil
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,8 @@ from models.tokenizer import VQVAE, TokenizerConfig
 from models.transformer import ScaleTransformer, TransformerConfig
 from utils import official
 from utils.config import from_dict, to_dict
-from utils.files import written_aside
+from utils.run_checkpoints import latest_checkpoint
+from utils.shards import SHARDS, is_sharded, read_shards
 
 # What torch.load and safetensors raise on files that are damaged or something else altogether.
 UNREADABLE = (
@@ -94,6 +94,8 @@ def load_transformer(source: str | Path, family: str | None = None, ema: bool = 
         config = read_model_config(path.parent, "transformer")
         if family is not None:
             config = TransformerConfig(**{**to_dict(config), "blocks": (family,) * config.depth})
+        if is_sharded(path.parent):
+            return _fill(ScaleTransformer(config), read_shards(path.parent, ("ema", "model") if ema else ("model",)), path)
         averaged = path.with_name("ema.safetensors")
         if ema and averaged.exists() and not Path(source).is_file():  # a file that is named is the file that is loaded
             path = averaged
@@ -114,22 +116,21 @@ def load_description(source: str | Path) -> Description | None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a weights file is part of a checkpoint of this project; else it is read as a released one."""
-    return path.suffix == ".safetensors" and path.with_name("config.json").exists()
+    """Whether a weights file, or the folder of shards, is part of a checkpoint of this project; else it is a released one."""
+    return (path.suffix == ".safetensors" or path.name == SHARDS) and path.with_name("config.json").exists()
 
 
 def locate(source: str | Path, wanted: str) -> Path:
-    """The weights file that `source` means; a name on the hub is downloaded."""
+    """The weights file, or the folder of shards, that `source` means; a name on the hub is downloaded."""
     path = Path(source)
     if path.is_dir():
-        if all((path / name).exists() for name in MODEL_FILES):
-            return path / "model.safetensors"
-        last = latest_checkpoint(path)
-        if last is None:
+        is_checkpoint = is_sharded(path) or all((path / name).exists() for name in MODEL_FILES)
+        directory = path if is_checkpoint else latest_checkpoint(path)
+        if directory is None:
             raise FileNotFoundError(
                 f"{path}: no complete checkpoint in it: give a run directory, a checkpoint directory or a released .pth"
             )
-        return last / "model.safetensors"
+        return directory / (SHARDS if is_sharded(directory) else "model.safetensors")
     if path.is_file():
         return path
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?", str(source))
@@ -208,58 +209,17 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path, seems: str |
 def save_model(directory: Path, model: VQVAE | ScaleTransformer, description: Description) -> None:
     """Write model.safetensors and config.json into an existing directory."""
     write_tensors(directory / "model.safetensors", model.state_dict())
-    values = {**to_dict(description), "model": to_dict(model.config)}
+    write_config(directory, model.config, description)
+
+
+def write_config(directory: Path, config: TokenizerConfig | TransformerConfig, description: Description) -> None:
+    values = {**to_dict(description), "model": to_dict(config)}
     (directory / "config.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
-
-
-# --- checkpoints of a run -----------------------------------------------------------------------------------------------
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first. A directory under its final name is complete: it was renamed to it."""
-    found = [path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def latest_checkpoint(run: Path) -> Path | None:
-    found = checkpoints(run)
-    return found[-1] if found else None
-
-
-def save_checkpoint(
-    run: Path,
-    step: int,
-    model: VQVAE | ScaleTransformer,
-    description: Description,
-    training: dict,
-    optimizer_state: dict,
-    ema: dict[str, Tensor] | None = None,
-    keep: int = 2,
-) -> Path:
-    """Write checkpoints/step_N with all that training needs to go on, then remove all but the newest `keep`."""
-    target = run / "checkpoints" / f"step_{step}"
-    with written_aside(target) as directory:
-        save_model(directory, model, description)
-        if ema is not None:
-            write_tensors(directory / "ema.safetensors", ema)
-        torch.save(optimizer_state, directory / "optimizer.pt")
-        (directory / "train_state.json").write_text(json.dumps({"step": step, **training}) + "\n")
-    for old in [path for path in checkpoints(run)[:-keep] if path != target]:
-        shutil.rmtree(old)
-    return target
-
-
-def load_training(checkpoint: Path, model: nn.Module) -> tuple[dict, dict, dict[str, Tensor] | None]:
-    """Fill the model from a checkpoint of ours; returns train_state.json, the optimizer's state and the averaged weights."""
-    training = model.training
-    _fill(model, read_tensors(checkpoint / "model.safetensors"), checkpoint).train(training)
-    averaged = checkpoint / "ema.safetensors"
-    return (
-        _read_json(checkpoint / "train_state.json"),
-        read_tensors(checkpoint / "optimizer.pt"),
-        read_tensors(averaged) if averaged.exists() else None,
-    )
+    """OSError where the disk is full or the file cannot be written."""
+    try:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: could not be written ({error}): make room on the disk") from error

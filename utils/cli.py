@@ -1,4 +1,4 @@
-"""What every command shares: flags described by a dataclass, and errors as one line."""
+"""What every command shares: flags and arguments described by a dataclass, and errors as one line."""
 
 import argparse
 import dataclasses
@@ -23,6 +23,16 @@ def required(help: str, *aliases: str, choices: tuple | None = None) -> Any:
     return dataclasses.field(metadata={"help": help, "aliases": aliases, "choices": choices})
 
 
+def argument(help: str, choices: tuple | None = None) -> Any:
+    """A field that is read from the word at its place on the command line, without a flag."""
+    return dataclasses.field(metadata={"help": help, "choices": choices, "nargs": None})
+
+
+def arguments(help: str) -> Any:
+    """One or more such words, a tuple[str, ...]."""
+    return dataclasses.field(metadata={"help": help, "choices": None, "nargs": "+"})
+
+
 class Parser(argparse.ArgumentParser):
     """Complains in one line and takes no abbreviations, so that a misspelt flag cannot pass for another."""
 
@@ -39,6 +49,9 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
     parser = Parser(description)
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
+        if "nargs" in field.metadata:  # positional
+            parser.add_argument(field.name, type=_plain_type(types[field.name]), **field.metadata)
+            continue
         names = ["--" + field.name, *field.metadata["aliases"]]
         options: dict[str, Any] = {"dest": field.name, "help": field.metadata["help"]}
         if field.default is dataclasses.MISSING:
@@ -52,13 +65,14 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
             options |= {"type": kind, "choices": field.metadata["choices"]}
         parser.add_argument(*names, **options)
     try:
-        return config_class(**vars(parser.parse_args(arguments)))
+        values = vars(parser.parse_args(arguments))
+        return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     except ValueError as error:
         parser.error(str(error))
 
 
 def _plain_type(annotation: Any) -> type:
-    """int of int and of int | None."""
+    """int of int, of int | None and of tuple[int, ...]."""
     return next((part for part in typing.get_args(annotation) if part is not type(None)), annotation)
 
 

@@ -21,6 +21,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2 as transforms
 
+from utils.signals import ignore_the_first
+
 FASHION_MNIST = Path(__file__).resolve().parents[1] / "data" / "fashion-mnist"
 FASHION_MNIST_CLASSES = (
     "T-shirt",
@@ -206,6 +208,10 @@ class _Batches(torch.utils.data.Sampler):
             yield list(zip(positions.tolist(), indices.tolist(), strict=True))
 
 
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    ignore_the_first()
+
+
 def batches_at(
     images: Images, batches: Iterable[tuple[np.ndarray, np.ndarray]], workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -215,6 +221,7 @@ def batches_at(
         batch_sampler=_Batches(batches),
         num_workers=workers,
         collate_fn=_collate,
+        worker_init_fn=_leave_signals_to_the_trainer,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or opening a loader would draw from the generator that seeds the training step
     )

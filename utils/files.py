@@ -14,22 +14,41 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
+def aside_of(target: Path) -> Path:
+    """An empty directory to write into what is to become `target`; what a killed process left of it is removed."""
+    aside = target.parent / f".{target.name}.writing"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def put_in_place(aside: Path, target: Path) -> None:
+    """Rename a directory to `target`, replacing what is there, once everything in it is on disk."""
+    replaced = target.parent / f".{target.name}.replaced"
+    for path in [*aside.rglob("*"), aside]:
+        _to_disk(path)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        os.rename(target, replaced)
+    os.rename(aside, target)
+    _to_disk(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
     """A new directory to write into, renamed to `target` once everything in it is on disk; on any error it is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside, replaced = (target.parent / f".{target.name}.{state}" for state in ("writing", "replaced"))
-    shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
-    aside.mkdir()
+    aside = aside_of(target)
     try:
         yield aside
-        for file in aside.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        shutil.rmtree(replaced, ignore_errors=True)
-        if target.exists():
-            os.rename(target, replaced)
-        os.rename(aside, target)
-        shutil.rmtree(replaced, ignore_errors=True)
+        put_in_place(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

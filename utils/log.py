@@ -1,71 +1,149 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events, log.txt and a progress bar."""
+"""What a run leaves to read: metrics.jsonl, val_classes.jsonl, TensorBoard events, log.txt and lines on the console."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils.files import replace_text
+
+CONSOLE_SECONDS = 20.0  # at least so long between two lines where no terminal can redraw a bar
 
 
 class RunLog:
     """Writes into the run directory on the main rank, nothing on the others.
 
     A resumed run passes the step it goes on from; what was logged after that step is dropped, since it is about to be redone.
+    ValueError where the directory holds a metrics.jsonl that is not a run's.
     """
 
     def __init__(self, directory: Path, is_main: bool, step: int = 0):
         self.is_main = is_main
-        self.bar = None
         if not is_main:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        self.metrics_path, self.text_path = directory / "metrics.jsonl", directory / "log.txt"
-        lines = self.metrics_path.read_text().splitlines() if self.metrics_path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        replace_text(self.metrics_path, "".join(line + "\n" for line in kept))
+        self.metrics_path, self.classes_path = directory / "metrics.jsonl", directory / "val_classes.jsonl"
+        self.text_path = directory / "log.txt"
+        for path in (self.metrics_path, self.classes_path):
+            if path.exists():
+                kept = [entry for entry in read_entries(path) if entry["step"] <= step]
+                replace_text(path, "".join(json_line(entry) for entry in kept))
         self.writer = SummaryWriter(str(directory), purge_step=step + 1)
+        self.bar: tqdm | None = None
+        self.waiting: str | None = None  # the newest console line, while it is too early to print it
+        self.printed_at = -math.inf
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl and one point per TensorBoard curve."""
+    def metrics(self, step: int, values: dict[str, float | dict[str, float]]) -> None:
+        """One line of metrics.jsonl and one point per TensorBoard curve.
+
+        {"loss": 3.2, "loss_by_scale": {"1x1": 2.0}} stays nested in the file and makes the curves loss and loss_by_scale/1x1.
+        """
         if not self.is_main:
             return
         with open(self.metrics_path, "a") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 2), **values}) + "\n")
+            file.write(json_line({"step": step, "time": round(time.time(), 2), **values}))
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            curves = {f"{name}/{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+            for curve, number in curves.items():
+                self.writer.add_scalar(curve, number, step)
+
+    def classes(self, step: int, loss: list[float | None], accuracy: list[float | None]) -> None:
+        """One line of val_classes.jsonl: a validation by class, None or NaN for a class without images."""
+        if not self.is_main:
+            return
+        with open(self.classes_path, "a") as file:
+            file.write(json_line({"step": step, "loss": loss, "accuracy": accuracy}))
+
+    def image(self, step: int, name: str, picture: Image.Image) -> None:
+        """A picture in TensorBoard."""
+        if not self.is_main:
+            return
+        self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        self.writer.flush()  # pictures are rare: each is there to be looked at now
 
     def text(self, message: str) -> None:
         """A line for people, on the console and in log.txt."""
         if not self.is_main:
             return
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
+        self._print(message)
         with open(self.text_path, "a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
-    def progress(self, share: float, seconds: float, message: str) -> None:
-        """The progress bar: passed share of the run, time left from it, and a few figures."""
+    def progress(self, step: int, total: int, share: float, seconds: float, values: dict[str, float]) -> None:
+        """How far the run is: `step` of `total`, `share` of it passed in `seconds`, and the figures of `console_line`.
+
+        A bar where stderr is a terminal; else a line on stdout, at most one every CONSOLE_SECONDS, and the last one at the end.
+        """
         if not self.is_main:
             return
-        if self.bar is None:
-            interval = 0.2 if sys.stderr.isatty() else 20.0
-            form = "{percentage:3.0f}%|{bar:24}| {desc}"
-            self.bar = tqdm(total=1.0, bar_format=form, mininterval=interval, dynamic_ncols=True)
-        left = seconds * (1 - share) / share if share > 0 else 0.0
-        self.bar.set_description_str(f"{message}, {clock(left)} left", refresh=False)
-        self.bar.n = min(share, 1.0)
-        self.bar.update(0)
+        line = console_line(step, total, values, seconds * (1 - share) / share if share > 0 else None)
+        if sys.stderr.isatty():
+            if self.bar is None:
+                self.bar = tqdm(total=1.0, bar_format="|{bar:12}| {desc}", mininterval=0.2, dynamic_ncols=True)
+            self.bar.set_description_str(line, refresh=False)
+            self.bar.n = min(share, 1.0)
+            self.bar.update(0)
+            return
+        self.waiting = line
+        if time.monotonic() - self.printed_at >= CONSOLE_SECONDS:
+            self._print_waiting()
 
     def close(self) -> None:
+        """End the console output and the event file; without a terminal the newest line is printed if it was not yet."""
         if not self.is_main:
             return
         if self.bar is not None:
+            self.bar.refresh()  # the last figures, whatever the interval
             self.bar.close()
+        self._print_waiting()
         self.writer.close()
+
+    def _print(self, line: str) -> None:
+        tqdm.write(line, file=sys.stdout)  # above the bar where there is one
+        sys.stdout.flush()
+
+    def _print_waiting(self) -> None:
+        if self.waiting is not None:
+            self._print(self.waiting)
+            self.waiting, self.printed_at = None, time.monotonic()
+
+
+def console_line(step: int, total: int, values: dict[str, float], seconds_left: float | None) -> str:
+    """The state of a run in one line, `step 1200/50000 (2.4%) | loss 6.123 (last 7.01) | ... | 1:02:03 left`.
+
+    Shown of `values`, where present: loss, loss_last, psnr (dB), accuracy (0 to 1), grad_norm, learning_rate, loss_scale,
+    images_per_second, mfu (model FLOP/s over the peak, 0 to 1), memory_gb. seconds_left: None while unknown.
+    """
+    forms = {
+        "loss": "loss {:#.4g}",
+        "loss_last": "(last {:#.3g})",
+        "psnr": "{:.1f} dB",
+        "accuracy": "acc {:.1%}",
+        "grad_norm": "grad {:.3g}",
+        "learning_rate": "lr {:.1e}",
+        "loss_scale": "scale {:.7g}",
+        "images_per_second": "{:.0f} img/s" if values.get("images_per_second", 0) >= 10 else "{:.2g} img/s",
+        "mfu": "mfu {:.0%}",
+        "memory_gb": "{:.1f} GB",
+    }
+    parts = [f"step {step}/{total} ({step / total:.1%})"]
+    for name, form in forms.items():
+        if name in values:
+            text = form.format(values[name])
+            if name == "loss_last" and "loss" in values:
+                parts[-1] += f" {text}"  # in brackets behind the loss
+            else:
+                parts.append(text)
+    if seconds_left is not None:
+        parts.append(f"{clock(seconds_left)} left")
+    return " | ".join(parts)
 
 
 def clock(seconds: float) -> str:
@@ -75,6 +153,41 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
 
 
+def json_line(entry: dict) -> str:
+    """One line of a .jsonl file. NaN and infinities become null: JSON has no word for them, and other tools refuse Python's."""
+    return json.dumps(_finite(entry), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_entries(path: Path) -> list[dict]:
+    """All lines of a .jsonl file of a run, in order; a last line without its end, left by a kill, is dropped.
+
+    ValueError, with the number of the line, where one is no object with a step.
+    """
+    entries = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise ValueError(
+                f"{path}: line {number} is no line of a run's log: give the directory of a run, or repair the file"
+            )
+        entries.append(entry)
+    return entries
+
+
 def read_metrics(run: str | Path) -> list[dict]:
-    """All lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    """All lines of a run's metrics.jsonl. FileNotFoundError where there is none, ValueError where it is not a run's."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run}: no metrics.jsonl there: give the directory of a run")
+    return read_entries(path)

@@ -1,4 +1,4 @@
-"""What is optimised how, and how the learning rate, weight decay and number of scales go over a run (the released recipes).
+"""What is optimised how, and how the learning rate, weight decay and trained scales go over a run (the released recipes).
 
 Schedules are functions of `progress`, the passed share of the run from 0 to 1, so that they serve a number of steps and a
 number of minutes alike. Shares of warm-up are in the same unit.
@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 SCHEDULES = ("lin0", "lin00", "lin", "cos", "exp")
+SCALE_GROUPS = ("together", "each", "drawn")
+DRAWN_EVERY = 10  # steps; one of them for each of the large scales, the others for the scales before them
 NO_DECAY = ("position_embed", "start_embed", "scale_embed", "modulation.offset", "log_scale")
 
 
@@ -81,3 +83,19 @@ def progressive_stage(
     began = warmup + (stage - 0.5) / new * (until - warmup)
     weight = (progress - began) / max(stage_warmup, 1e-9)
     return first + 1 + stage, min(max(weight, 0.01), 1.0)
+
+
+def scale_groups(mode: str, num_scales: int, large_scales: tuple[int, ...], step: int) -> list[range]:
+    """Which scales one step trains, and which of them together in one forward and backward pass.
+
+    large_scales: those that get a pass of their own unless mode is "together"; the scales before them form one group. "each":
+    every group in turn, so their gradients add up to that of one pass. "drawn": one group per step, a large scale in one of ten
+    steps each and the others in the rest (Markov MVAR's released schedule, 8:1:1). The group of the first scale comes last.
+    """
+    if mode == "together":
+        return [range(num_scales)]
+    alone = [k for k in large_scales if 2 <= k < num_scales]  # the first two scales together use every parameter
+    groups = [range(k, k + 1) for k in reversed(alone)] + [range(alone[0] if alone else num_scales)]
+    if mode == "each":
+        return groups
+    return [groups[min(DRAWN_EVERY - 1 - step % DRAWN_EVERY, len(groups) - 1)]]

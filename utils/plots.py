@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP = 2  # pixels between images
+FEW_POINTS = 40  # a line of fewer points shows them
 SMALLEST = 64  # images are enlarged to at least this many pixels
 
 
@@ -42,15 +43,32 @@ def grid(rows: list[np.ndarray], labels: list[str], heads: list[str] | None = No
     return canvas
 
 
-def curves(path: Path, panels: list[dict]) -> None:
-    """Draw panels side by side; each has title, x, y (axis labels) and lines, name -> list of (x, y), and levels, name -> y."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
+def curves(path: Path, panels: list[dict], columns: int | None = None) -> None:
+    """Draw panels side by side, or in rows of `columns`.
+
+    A panel has title, x, y (axis labels) and lines, name -> list of (x, y); an x may be a word. It may have levels, name -> y,
+    faint, lines in pale behind those of their name, dashed, grey lines to compare with, and log, for a logarithmic y axis. A
+    name has one colour in all panels.
+    """
+    names = dict.fromkeys(name for panel in panels for name in (*panel["lines"], *panel.get("faint", {})))
+    colours = {name: f"C{number % 10}" for number, name in enumerate(names)}
+    columns = columns or len(panels)
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5.5 * columns, 4 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for name, points in panel.get("faint", {}).items():
+            label = None if name in panel["lines"] else name
+            axis.plot(*zip(*points, strict=True), label=label, color=colours[name], linewidth=1, alpha=0.35)
         for name, points in panel["lines"].items():
-            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.5)
+            marker = "." if len(points) < FEW_POINTS else None  # a single point is no line
+            axis.plot(*zip(*points, strict=True), label=name, color=colours[name], linewidth=1.5, marker=marker)
+        for name, points in panel.get("dashed", {}).items():
+            axis.plot(*zip(*points, strict=True), label=name, color="grey", linestyle="--", linewidth=1, marker=".")
         for name, level in panel.get("levels", {}).items():
             axis.axhline(level, label=name, linestyle="--", linewidth=1, color="grey")
-        axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
+        axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"], yscale="log" if panel.get("log") else "linear")
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()

@@ -11,7 +11,7 @@ from models.tokenizer import VQVAE
 from models.transformer import FAMILIES, TransformerConfig, family_config
 from utils.cli import flag
 from utils.data import check_resize
-from utils.optim import SCHEDULES
+from utils.optim import SCALE_GROUPS, SCHEDULES
 
 RELEASED_TOKENIZER = "vae_ch160v4096z32.pth"
 
@@ -44,6 +44,9 @@ class TrainConfig:
     hd: float = flag(0.02, "factor on the initial weights of the head", "--init_head")
     aln: float = flag(0.5, "factor on the initial scale and shift rows of the modulation", "--init_scale_shift")
     alng: float = flag(1e-5, "factor on the initial gamma rows of the modulation", "--init_gamma")
+    alng_all: bool = flag(
+        False, "--alng for the feed-forward's gamma in blocks with Mamba too; the released M-VAR leaves it at --aln"
+    )
     # optimisation
     bs: int = flag(768, "images per step, over all ranks and micro-batches", "--batch_size")
     ac: int = flag(1, "micro-batches per step (gradient accumulation)", "--accumulate")
@@ -63,6 +66,12 @@ class TrainConfig:
     drop_path: float = flag(-1.0, "drop-path rate of the last block, negative: 0.1 * depth / 24")
     ema: float = flag(0.9999, "decay of the averaged weights, ramped up at the start; 0: no average")
     fp16: int = flag(0, "0: float32, 1: float16 with loss scaling, 2: bfloat16", "--precision", choices=(0, 1, 2))
+    max_bad_steps: int = flag(20, "fp16: end the run after so many steps in a row whose gradient is not finite")
+    scale_groups: str = flag(
+        "together",
+        "markov: train all scales together, in turn (same gradient, memory of the largest group), or one group a step, 8:1:1",
+        choices=SCALE_GROUPS,
+    )
     # progressive training
     pg: float = flag(0.0, "train more and more scales during this first share of the run, 0: all from the start")
     pg0: int = flag(4, "progressive training starts with this many scales plus one")
@@ -70,20 +79,26 @@ class TrainConfig:
     # running
     local_out_dir_path: str = flag("local_output", "run directory; a run in it is resumed", "--out")
     seed: int | None = flag(None, "of data order, initial weights and dropouts; none: drawn, and kept in the run's config.json")
+    parallel: str = flag("ddp", "over ranks: ddp replicates the model, fsdp shards it (fp16 0 or 2)", choices=("ddp", "fsdp"))
+    recompute: bool = flag(False, "activation checkpointing: keep the inputs of each block only and compute the rest twice")
     scan_backend: str = flag("torch", "how Mamba-2 is computed; mamba_ssm needs a GPU", choices=tuple(SCANS))
     tfast: int = flag(0, "compile the blocks: 0 no, 1 reduce-overhead, 2 max-autotune, 3 default", choices=(0, 1, 2, 3))
     log_every: int = flag(20, "steps between log lines")
     val_every: int = flag(0, "steps between validations, 0: 10 epochs")
     save_every: int = flag(0, "steps between checkpoints, 0: one epoch")
     keep: int = flag(2, "checkpoints to keep")
+    val_samples: int = flag(8, "classes of which each validation draws a sample into the TensorBoard log, 0: none")
+    peak_tflops: float = flag(0.0, "peak of one GPU in TFLOP/s, for the model FLOPs utilisation; 0: known by the GPU's name")
 
     def __post_init__(self):
-        for name in ("depth", "bs", "ac", "log_every", "keep", "ep"):
+        for name in ("depth", "bs", "ac", "log_every", "keep", "ep", "max_bad_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
         for name in ("width", "heads", "global_blocks", "window_from", "workers", "max_steps", "max_minutes", "tblr", "wp"):
             self._check_at_least(name, 0)
         for name in ("wp0", "wpe", "twd", "twde", "tclip", "pg0", "pgwp", "val_every", "save_every"):
+            self._check_at_least(name, 0)
+        for name in ("val_samples", "peak_tflops"):
             self._check_at_least(name, 0)
         check_resize(self.mid_reso)
         if self.token_cache and (self.hflip or self.mid_reso != TrainConfig.mid_reso):
@@ -95,6 +110,13 @@ class TrainConfig:
             raise ValueError(f"--bs={self.bs} is no multiple of --ac={self.ac}: change one of them")
         if self.pn:
             Pyramid.parse(self.pn)
+        if self.scale_groups != "together" and (self.family != "markov" or self.global_blocks):
+            raise ValueError(
+                f"--scale_groups={self.scale_groups}: scales depend on one another in family {self.family}"
+                f"{' with --global_blocks' if self.global_blocks else ''}: only all of --family=markov can be trained so"
+            )
+        if self.parallel == "fsdp" and self.fp16 == 1:
+            raise ValueError("--parallel=fsdp with --fp16=1: sharded training has no loss scaling: give --fp16=2 (bfloat16)")
 
     def _check_at_least(self, name: str, least: float) -> None:
         if getattr(self, name) < least:

@@ -1,14 +1,17 @@
 """Images encoded once: token pyramids on disk as memory-mapped arrays, with a manifest that says what they are.
 
 A cache directory holds, for each split, shards of tokens[n, L] uint16, labels[n] int32 and source[n] int32 (which image of the
-folder, in its sorted order) as plain .npy files, and manifest.json, written last: a directory without it is not a cache. The
+folder, in its sorted order) as plain .npy files, and manifest.json, written last: a directory without it is not a cache. One
+in the making has plan.json instead. ImageNet's 1,281,167 images x 680 tokens x 2 bytes are 1.74 GB per view. The
 transformer's inputs are rebuilt from the tokens on the device.
 """
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +21,39 @@ from torch import Tensor
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE
 from utils.config import from_dict
-from utils.data import TrainOrder, in_order
+from utils.data import ImageFiles, TrainOrder, in_order
 from utils.files import replace_text
 
-ROWS_PER_SHARD = 1 << 17
+SPLITS = ("train", "val")
 ARRAYS = {"tokens": np.uint16, "labels": np.int32, "source": np.int32}
+UNFINISHED = re.compile(r"\.((train|val)_\d{5,}_(tokens|labels|source)\.npy\.\d+|(plan|manifest)\.json)\.writing")
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a cache is made of.
+class Shard:
+    """Some rows of a split: the unit in which a cache is written. Each of its arrays is a file."""
 
-    sides, num_codes: of the tokenizer; tokenizer: where it came from; fingerprint: SHA-256 of its weights. pixels, resize,
-    augment, flip: how images were prepared (resize to resize * pixels, then cut out); views: encodings per image, one after
-    another. rows: encodings per split; hashes: SHA-256 of every shard file by name.
+    split: str
+    number: int
+    rows: range
+
+    def file(self, array: str) -> str:
+        return f"{self.split}_{self.number:05d}_{array}.npy"
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """Its rows, numbered within the split, `size` at a time."""
+        for start in range(self.rows.start, self.rows.stop, size):
+            yield np.arange(start, min(start + size, self.rows.stop))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a cache is made of, known before the first image is encoded.
+
+    sides, num_codes: of the tokenizer; tokenizer: where it came from; fingerprint: hash of its weights. pixels, resize,
+    augment, flip, seed: how images are prepared (resized to resize * pixels, then cut out; validation images always from the
+    middle); views: encodings per training image, one after another. rows, rows_per_shard: by split. listing: SHA-256 of file
+    names and labels.
     """
 
     sides: list
@@ -44,90 +66,202 @@ class Manifest:
     augment: bool
     flip: bool
     views: int
+    seed: int
     rows: dict[str, int]
+    rows_per_shard: dict[str, int]
+    listing: str
+
+    @property
+    def pyramid(self) -> Pyramid:
+        return Pyramid(tuple(self.sides))
+
+    def shards(self, *splits: str) -> list[Shard]:
+        """All shards of these splits, in order."""
+        return [
+            Shard(split, number, range(start, min(start + self.rows_per_shard[split], self.rows[split])))
+            for split in splits
+            for number, start in enumerate(range(0, self.rows[split], self.rows_per_shard[split]))
+        ]
+
+
+@dataclass(frozen=True)
+class Manifest(Plan):
+    """What a finished cache is made of. hashes: SHA-256 of every shard file by name."""
+
     hashes: dict[str, str]
 
 
+def rows_per_shard(rows: int) -> int:
+    """A 64th of a split, but files neither tiny nor above 45 MB at 680 tokens.
+
+    A function of the split alone, so that the files do not depend on how many ranks write them.
+    """
+    return min(max(-(-rows // 64), 1 << 10), 1 << 15)
+
+
+def array_bytes(images: int, views: int, num_tokens: int) -> dict[str, int]:
+    """Bytes on disk of each of the ARRAYS, without file headers (128 bytes a shard)."""
+    values = {"tokens": num_tokens, "labels": 1, "source": 1}
+    return {name: images * views * values[name] * np.dtype(kind).itemsize for name, kind in ARRAYS.items()}
+
+
 def fingerprint(tokenizer: VQVAE) -> str:
-    """SHA-256 over the names and values of all weights."""
-    digest = hashlib.sha256()
+    """SHA-256 over the names and values of all weights, and over how codes are looked up."""
+    digest = hashlib.sha256(f"normalize_lookup={tokenizer.config.normalize_lookup}".encode())
     for name, tensor in sorted(tokenizer.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-class CacheWriter:
-    """Fills one split: `add` batches in order, then `close`."""
+def listing_hash(root: str | Path, train: ImageFiles, val: ImageFiles) -> str:
+    """SHA-256 over the file names below `root` and their labels, in the order of the rows."""
+    digest = hashlib.sha256()
+    for split, files in zip(SPLITS, (train, val), strict=True):
+        folder = str(Path(root) / split)
+        for path, label in zip(files.paths, files.labels, strict=True):
+            digest.update(f"{split}{path.removeprefix(folder)}\n{label}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
-    def __init__(self, directory: Path, split: str, rows: int, num_tokens: int):
-        self.directory, self.split, self.rows, self.num_tokens = directory, split, rows, num_tokens
-        self.written = 0
-        self.shard: dict[str, np.ndarray] = {}
 
-    def add(self, tokens: Tensor, labels: Tensor, source: np.ndarray) -> None:
-        """tokens (B, L), labels (B,), source (B,)."""
-        values = {"tokens": tokens.cpu().numpy(), "labels": labels.numpy(), "source": source}
-        start = 0
-        while start < len(source):
-            row = self.written % ROWS_PER_SHARD
-            if row == 0:
-                self._open_shard()
-            count = min(len(source) - start, ROWS_PER_SHARD - row)
-            for name, array in self.shard.items():
-                array[row : row + count] = values[name][start : start + count]
-            start += count
-            self.written += count
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def _open_shard(self) -> None:
-        number, rows = self.written // ROWS_PER_SHARD, min(ROWS_PER_SHARD, self.rows - self.written)
+
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+
+def write_shard(directory: Path, shard: Shard, arrays: dict[str, np.ndarray]) -> None:
+    """Write tokens (n, L), labels (n,) and source (n,) aside and rename them once all are on disk.
+
+    OSError where the disk is full or fails: nothing of this shard is left, the others are untouched.
+    """
+    # named by process: ranks that outlive a killed torchrun must not write into the files of the run that resumes theirs
+    asides = {name: directory / f".{shard.file(name)}.{os.getpid()}.writing" for name in ARRAYS}
+    try:
         for name, kind in ARRAYS.items():
-            shape = (rows, self.num_tokens) if name == "tokens" else (rows,)
-            path = self.directory / _shard_name(self.split, number, name)
-            self.shard[name] = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+            # not through a memory map: on a full disk that would end the process with a signal instead of an error
+            with open(asides[name], "wb") as file:
+                np.save(file, arrays[name].astype(kind, copy=False), allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+        for name, aside in asides.items():
+            os.replace(aside, directory / shard.file(name))
+    except OSError as error:
+        raise OSError(
+            f"{directory / shard.file('tokens')}: could not be written ({error}); whole shards are kept: "
+            f"see that the disk has room, then give the same command again"
+        ) from error
+    finally:
+        for aside in asides.values():
+            aside.unlink(missing_ok=True)
 
-    def close(self) -> dict[str, str]:
-        """Finish writing; returns the SHA-256 of every file of this split."""
-        assert self.written == self.rows, f"{self.written} of {self.rows} rows written"
-        for array in self.shard.values():
-            array.flush()
-        files = sorted(self.directory.glob(f"{self.split}_*.npy"))
-        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+def missing_shards(directory: Path, plan: Plan) -> list[Shard]:
+    """The shards of which not all files are there under their final names, and so whole."""
+    present = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    return [shard for shard in plan.shards(*SPLITS) if not present.issuperset(map(shard.file, ARRAYS))]
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    replace_text(directory / "manifest.json", json.dumps(asdict(manifest), indent=1) + "\n")
+def write_plan(directory: Path, plan: Plan) -> None:
+    replace_text(directory / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
 
 
-def _shard_name(split: str, number: int, array: str) -> str:
-    return f"{split}_{number:05d}_{array}.npy"
+def write_manifest(directory: Path, plan: Plan) -> None:
+    """Turn an unfinished cache whose shards are all there into a finished one."""
+    hashes = {name: file_hash(directory / name) for shard in plan.shards(*SPLITS) for name in map(shard.file, ARRAYS)}
+    replace_text(directory / "manifest.json", json.dumps(asdict(Manifest(**asdict(plan), hashes=hashes)), indent=1) + "\n")
+    (directory / "plan.json").unlink(missing_ok=True)
+
+
+def check_plan(directory: Path, plan: Plan) -> None:
+    """ValueError, naming both sides, where an unfinished cache in `directory` was begun with other settings or files."""
+    path = directory / "plan.json"
+    if not path.exists():
+        return
+    begun = _read(Plan, path)
+    check_classes(begun.class_names, plan.class_names, f"{directory}: the unfinished cache there", "this command")
+    for field in fields(Plan):
+        if field.name == "tokenizer":  # the same one may lie elsewhere by now: its fingerprint counts
+            continue
+        theirs, ours = getattr(begun, field.name), getattr(plan, field.name)
+        if theirs != ours:
+            title = {"fingerprint": "tokenizer hash", "listing": "hash of file names"}.get(field.name, field.name)
+            raise ValueError(
+                f"{directory}: an unfinished cache with {title} {_short(theirs)} is there, this command has {_short(ours)}: "
+                f"give what it was begun with, or another --out"
+            )
+
+
+def _short(value: object) -> object:
+    """The first digits of a hash; everything else as it is."""
+    return value[:12] if isinstance(value, str) else value
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------
 
 
 class TokenCache:
-    """One split of a cache: rows of tokens (L,) uint16 with labels. FileNotFoundError where there is no finished cache."""
+    """One split of a cache: rows of tokens (L,) uint16 with labels.
+
+    FileNotFoundError where there is no finished cache or a file is missing, ValueError where one is not what the manifest says.
+    """
 
     def __init__(self, directory: str | Path, split: str):
+        self.directory, self.split = Path(directory), split
         self.manifest = read_manifest(directory)
-        self.rows = self.manifest.rows[split]
-        numbers = range(-(-self.rows // ROWS_PER_SHARD))
-        self.tokens, self.labels = (
-            [np.load(Path(directory) / _shard_name(split, n, name), mmap_mode="r", allow_pickle=False) for n in numbers]
-            for name in ("tokens", "labels")
-        )
+        self.rows, self.rows_per_shard = self.manifest.rows[split], self.manifest.rows_per_shard[split]
+        self.shards = self.manifest.shards(split)
+        arrays = {name: [self._open(shard, name) for shard in self.shards] for name in ARRAYS}
+        self.tokens = arrays["tokens"]  # one (n, L) each
+        self.labels = np.concatenate(arrays["labels"]).astype(np.int64)  # in memory: small beside the tokens
+
+    def _open(self, shard: Shard, name: str) -> np.ndarray:
+        """A file of a shard as a memory map; its size, type and shape are checked, its bytes are not (see `verify`)."""
+        path = self.directory / shard.file(name)
+        num_tokens = self.manifest.pyramid.num_tokens
+        shape = (len(shard.rows), num_tokens) if name == "tokens" else (len(shard.rows),)
+        wanted = f"{_describe(shape, ARRAYS[name])}: copy the cache again, or remove it and encode again"
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: missing; the manifest has {wanted}")
+        try:
+            # not np.load, which also opens pickles and archives
+            array = np.lib.format.open_memmap(path, mode="r")
+        except (ValueError, OSError, OverflowError) as error:
+            raise ValueError(f"{path}: not a whole .npy array ({error}); the manifest has {wanted}") from error
+        if array.shape != shape or array.dtype != ARRAYS[name]:
+            raise ValueError(f"{path}: holds {_describe(array.shape, array.dtype)}, the manifest has {wanted}")
+        return np.asarray(array)  # the map as a plain array: np.memmap computes its result type anew at every access
 
     def __len__(self) -> int:
         return self.rows
 
+    def verify(self) -> None:
+        """Read everything once: ValueError naming the first file whose SHA-256 is not that of the manifest.
+
+        Leaves the files in the page cache, if they fit.
+        """
+        for name in (shard.file(array) for shard in self.shards for array in ARRAYS):
+            found, written = file_hash(self.directory / name), self.manifest.hashes.get(name, "none")
+            if found != written:
+                raise ValueError(
+                    f"{self.directory / name}: damaged: its SHA-256 is {found[:12]}, the manifest has {written[:12]}: "
+                    f"copy the cache again, or remove it and encode again"
+                )
+
     def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """tokens (B, L) int64, labels (B,) int64 of the rows asked for."""
-        shards, rows = np.divmod(indices, ROWS_PER_SHARD)
-        tokens = np.empty((len(indices), self.tokens[0].shape[1]), np.int64)
-        labels = np.empty(len(indices), np.int64)
-        for shard in np.unique(shards):
-            chosen = shards == shard
-            tokens[chosen] = self.tokens[shard][rows[chosen]]
-            labels[chosen] = self.labels[shard][rows[chosen]]
-        return torch.from_numpy(tokens), torch.from_numpy(labels)
+        """tokens (B, L) uint16, labels (B,) int64 of the rows asked for, each in [0, len(self))."""
+        shards, rows = np.divmod(indices, self.rows_per_shard)
+        order = np.argsort(shards, kind="stable")
+        ends = np.bincount(shards, minlength=len(self.tokens)).cumsum().tolist()
+        tokens = np.empty((len(indices), self.tokens[0].shape[1]), np.uint16)
+        start = 0
+        for array, end in zip(self.tokens, ends, strict=True):
+            chosen = order[start:end]
+            tokens[chosen] = array.take(rows[chosen], axis=0)
+            start = end
+        return torch.from_numpy(tokens), torch.from_numpy(self.labels[indices])
 
     def train_batches(self, order: TrainOrder, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(tokens, labels) of every micro-batch of this rank."""
@@ -140,22 +274,52 @@ class TokenCache:
             yield self.gather(indices)
 
 
+def _describe(shape: tuple[int, ...], dtype: np.dtype | type) -> str:
+    return f"{' x '.join(map(str, shape)) or 'one'} {np.dtype(dtype).name}"
+
+
 def read_manifest(directory: str | Path) -> Manifest:
     path = Path(directory) / "manifest.json"
     if not path.exists():
         raise FileNotFoundError(
             f"{directory}: no finished token cache (no manifest.json): make one with scripts/cache_tokens.py"
         )
-    return from_dict(Manifest, json.loads(path.read_text()), str(path))
+    return _read(Manifest, path)
+
+
+def _read(kind: type[Plan], path: Path) -> Plan:
+    try:
+        return from_dict(kind, json.loads(path.read_text()), kind.__name__)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not of a token cache of this version ({error}): remove the cache and encode again"
+        ) from error
 
 
 def check_cache(manifest: Manifest, tokenizer: VQVAE, source: str | Path) -> None:
     """ValueError, naming both sides, unless the cache was made by this tokenizer."""
-    pyramid = Pyramid(tuple(manifest.sides))
-    if pyramid != tokenizer.pyramid:
-        raise ValueError(f"{source}: holds pyramids {pyramid}, the tokenizer makes {tokenizer.pyramid}")
+    if manifest.pyramid != tokenizer.pyramid:
+        raise ValueError(
+            f"{source}: holds pyramids {manifest.pyramid}, the tokenizer makes {tokenizer.pyramid}: "
+            f"give --pn={manifest.pyramid} with a released tokenizer, or encode again"
+        )
     if manifest.fingerprint != (ours := fingerprint(tokenizer)):
         raise ValueError(
             f"{source}: made by the tokenizer {manifest.tokenizer} with hash {manifest.fingerprint[:12]}, "
             f"the one given has {ours[:12]}: encode again or give that one"
         )
+
+
+def check_classes(names: list[str], other_names: list[str], source: str, other_source: str) -> None:
+    """ValueError, naming both sides and the first class that differs, unless labels mean the same classes in both."""
+    if names == other_names:
+        return
+    label = next(
+        (i for i, pair in enumerate(zip(names, other_names, strict=False)) if pair[0] != pair[1]),
+        min(len(names), len(other_names)),
+    )
+    first, second = (repr(side[label]) if label < len(side) else "missing" for side in (names, other_names))
+    raise ValueError(
+        f"{source} has {len(names)} classes, {other_source} {len(other_names)}; the first to differ, number {label}, "
+        f"is {first} in the one and {second} in the other: use the same class folders for both"
+    )

@@ -1,0 +1,168 @@
+import contextlib
+import json
+import subprocess
+
+import pytest
+import torch
+from commands import run_in_process, script
+from small_models import small_transformer
+
+from models.pyramid import STANDARD_SIDES
+from models.transformer import family_config
+
+benchmark = script("benchmark")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+FAMILIES = ("mvar", "var", "markov", "markov-mamba")
+
+
+def kept(config, recompute: bool, device: torch.device = CPU, real: bool = False) -> int:
+    with contextlib.nullcontext() if real else benchmark.fake_device(device):
+        return benchmark.kept_per_image(benchmark.training_pass, config, device, recompute)
+
+
+@pytest.fixture
+def measure(monkeypatch, capsys):
+    return lambda *words: run_in_process(benchmark.main, words, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_without_values_keep_what_real_ones_keep(family, recompute):
+    config = small_transformer(family, drop_path=0.2).config
+    assert kept(config, recompute) == kept(config, recompute, real=True) > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_imitated_gpu_keeps_what_a_real_one_keeps(family):
+    config = family_config(family, 2, STANDARD_SIDES[256], 1000)
+    assert kept(config, False, GPU) == pytest.approx(kept(config, False, GPU, real=True), rel=0.01)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recomputed_block_keeps_its_input_only(family):
+    """Hooks around everything see what checkpoints inside the blocks, Mamba's too, keep of their inputs."""
+    small, large = (small_transformer(family, depth).config for depth in (2, 3))
+    width, num_tokens = small.width, small.pyramid.num_tokens
+    class_embedding = 2 * width  # what the projection of the modulation saves
+    assert kept(large, True) - kept(small, True) == 2 * width * num_tokens + class_embedding
+
+
+def test_mamba_keeps_inputs_and_output_of_what_it_computes_again():
+    """Hooks around everything see what the checkpoint inside Mamba keeps; what it does not keep would be four times as much."""
+    plain, mamba = (small_transformer(family).config for family in ("markov", "markov-mamba"))
+    width, num_tokens, heads = mamba.width, mamba.pyramid.num_tokens, 2 * mamba.width // 64
+    around = 4 * width  # x before and after its norm, modulated x, result
+    inputs, output = 2 * width + (2 * width + 2 * 64) + heads, 2 * width  # z, x with B and C, steps; y
+    expected = 2 * (around + inputs + output) + 8  # bytes per token, with two float32 statistics of the norm
+    added = (kept(mamba, False) - kept(plain, False)) / mamba.depth / num_tokens
+    assert added == pytest.approx(expected, rel=0.02)  # the modulation, once per image, is not in it
+    with benchmark.fake_device(CPU):
+        inside = benchmark.kept_per_image(benchmark.mamba_pass, mamba, CPU) / num_tokens
+        assert benchmark.kept_per_image(benchmark.mamba_pass, plain, CPU) == 0
+    assert inside > 2 * expected
+
+
+def test_an_imitated_gpu_keeps_no_attention_scores():
+    config = family_config("var", 2, STANDARD_SIDES[256], 1000, num_codes=16)
+    assert kept(config, False, GPU) < 1.2 * kept(config, False)  # 1.7 times with scores
+
+
+def test_imitating_a_gpu_leaves_no_trace():
+    kept(small_transformer().config, False, GPU)
+    assert not torch.is_autocast_enabled("cuda")
+    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_memory_is_a_row_for_every_model_in_markdown_and_json(measure, tmp_path):
+    code, shown, errors = measure("memory", "--depth=1,2", "--family=var,mvar", f"--json={tmp_path / 'memory.json'}")
+    assert (code, errors) == (0, "")
+    stored = json.loads((tmp_path / "memory.json").read_text())
+    assert stored["command"].startswith("python scripts/benchmark.py memory --depth=1,2")
+    assert set(stored) == {"command", "device", "versions", "commit", "threads", "rows"}
+    assert [(row["model"], row["family"]) for row in stored["rows"]] == [
+        (f"d{depth}", family) for depth in (1, 2) for family in ("var", "mvar")
+    ]
+    for row in stored["rows"]:
+        assert row["state_bytes"] == 20 * row["parameters"]
+        assert row["recomputed_bytes"] < row["activation_bytes"]
+        assert (row["inside_mamba_bytes"] > 0) == (row["family"] == "mvar")
+    table = [line for line in shown.splitlines() if line.startswith("| ")]
+    assert table[0].startswith("| model | family | parameters | state | activations per image | recomputed |")
+    assert len(table) == 6
+    assert shown.startswith("# Memory of training\n")
+
+
+def test_the_document_holds_what_the_command_prints(measure):
+    _, shown, _ = measure("memory", "--depth=12", "--family=mvar")
+    document = (benchmark.ROOT / "docs" / "memory.md").read_text()
+    text, row = shown.split("Printed by")[0], shown.splitlines()[-1]
+    assert document.startswith(text)
+    assert row in document.splitlines()
+
+
+def test_published_models_fit(measure):
+    """M-VAR d16 in half precision: at most 1 GB of activations per image, 0.15 GB with recomputation."""
+    config = family_config("mvar", 16, STANDARD_SIDES[256], 1000)
+    assert kept(config, False, GPU) <= 1.0e9
+    assert kept(config, True, GPU) <= 0.15e9
+
+
+def test_tokens_are_gathered_from_a_cache_of_the_real_format(measure, tmp_path):
+    out = tmp_path / "new" / "tokens.json"
+    code, shown, _ = measure("tokens", "--rows=1500", "--batch=16", "--repeats=2", f"--json={out}")
+    assert code == 0
+    stored = json.loads(out.read_text())
+    row = stored["rows"][0]
+    assert stored["threads"] == 1
+    assert (row["rows"], row["shards"], row["batch"]) == (1500, 2, 16)
+    assert row["images_per_second"] == pytest.approx(16 / row["batch_seconds"])
+    assert row["imagenet_view_tokens_bytes"] == 1_281_167 * 680 * 2
+    assert "| 1.74 GB |" in shown
+
+
+def test_the_commit_is_that_of_the_repository_and_unknown_elsewhere(monkeypatch, tmp_path):
+    def git(*words):
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True
+        )
+
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert benchmark.commit() == "unknown"
+    git("init")
+    (tmp_path / "file").write_text("a")
+    git("add", "file")
+    git("commit", "-m", "a")
+    clean = benchmark.commit()
+    assert len(clean) == 7
+    (tmp_path / "file").write_text("b")
+    assert benchmark.commit() == f"{clean}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert benchmark.commit() == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "required: command"),
+        (["speed"], "invalid choice: 'speed'"),
+        (["memory", "--family=mvar,foo"], "--family=mvar,foo: no foo: give some of mvar,var"),
+        (["memory", "--depth=12,"], "--depth=12,: give numbers of blocks such as 12,16"),
+        (["tokens", "--batch=0"], "--batch=0: give at least 1"),
+    ],
+)
+def test_wrong_arguments_get_one_line(measure, words, message):
+    code, _, errors = measure(*words)
+    assert code == 2
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def test_nothing_is_overwritten_unasked(measure, tmp_path):
+    out = tmp_path / "old.json"
+    out.write_text("mine")
+    code, _, errors = measure("tokens", f"--json={out}")
+    assert code == 1
+    assert "is there already: give another --json, or --overwrite" in errors
+    assert out.read_text() == "mine"

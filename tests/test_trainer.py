@@ -1,0 +1,257 @@
+"""The trainer called directly, in this process: steps, evaluation, precision, groups of scales."""
+
+import pytest
+import torch
+from commands import live_saved_bytes
+
+import train
+from dist import Ranks
+from models.transformer import FAMILIES, ScaleTransformer
+from trainer import Trainer
+from utils.checkpoint import load_tokenizer, load_transformer
+from utils.log import read_metrics
+from utils.recipe import TrainConfig
+from utils.run_checkpoints import checkpoints
+
+
+def small_trainer(images, tokenizer, run, **changes) -> Trainer:
+    defaults = {"depth": 2, "width": 64, "heads": 1, "bs": 8, "seed": 1, "max_steps": 40, "drop_path": 0.0}
+    config = TrainConfig(**{**defaults, "data_path": str(images), "local_out_dir_path": str(run), **changes})
+    model = load_tokenizer(tokenizer)
+    torch.manual_seed(0)
+    transformer = ScaleTransformer(config.transformer_config(model, 3))
+    transformer.init_weights(config.alng, config.aln, config.hd)
+    return Trainer(config, transformer, model, train.FolderData(config, model), Ranks(0, 1, torch.device("cpu")))
+
+
+def batches_of(trainer: Trainer):
+    config = trainer.config
+    order = train.TrainOrder(trainer.data.size, config.bs, config.seed, micro_batches=config.ac)
+    return trainer.data.train_batches(order, 0, 1000)
+
+
+def gradients(trainer: Trainer, monkeypatch) -> dict[str, torch.Tensor]:
+    """Of the next step, before clipping."""
+    kept = {}
+
+    def clip(parameters, limit):
+        kept.update({name: p.grad.clone() for name, p in trainer.state.transformer.named_parameters() if p.grad is not None})
+        return torch.ones(())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+        trainer.train_step(batches_of(trainer))
+    return kept
+
+
+def test_training_lowers_the_validation_loss(images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path, tblr=0.05, alng=0.1, save_every=100, val_every=100)
+    before = trainer.evaluate().metrics()["loss"]
+    assert trainer.fit()["val_loss"] < before - 0.05
+
+
+def test_validation_is_the_training_loss_without_dropouts(images, tokenizer, tmp_path):
+    """The released M-VAR validates with another computation than it trains; here both are one."""
+    trainer = small_trainer(images, tokenizer, tmp_path, class_dropout=0.0, mid_reso=1.0, bs=9)
+    trainer.data.train = trainer.data.val  # the same images, in order
+    validated = trainer.evaluate()
+    trained = trainer.train_step(trainer.data.val_batches(9, 0, 1)).tally
+    torch.testing.assert_close(trained.sums, validated.sums, atol=1e-4, rtol=0)
+
+
+def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(images, tokenizer, tmp_path):
+    """With class dropout: it is drawn for the whole step."""
+    weights = []
+    for ac in (1, 2):
+        trainer = small_trainer(images, tokenizer, tmp_path, class_dropout=0.5, ac=ac, tblr=0.01)
+        trainer.train_step(batches_of(trainer))
+        weights.append(torch.cat([p.flatten() for p in trainer.state.transformer.parameters()]))
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=0)
+
+
+def test_class_dropout_drops_its_share_and_nothing_else(images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path, class_dropout=0.25, bs=4000)
+    labels = torch.full((4000,), 2)
+    dropped = trainer._drop_classes(labels, 0)
+    assert set(dropped.tolist()) == {2, trainer.state.transformer.unconditional}
+    assert (dropped != 2).float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+# --- progressive training and groups of scales --------------------------------------------------------------------------
+
+
+def test_progressive_training_computes_no_logits_of_later_scales(images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path, pg=0.8, pg0=1)
+    assert trainer.train_step(batches_of(trainer)).num_scales == 2
+    gradient_step = trainer.state.optimizer.state[trainer.state.transformer.position_embed]["exp_avg"]
+    assert gradient_step[:, :5].abs().sum() > 0
+    assert gradient_step[:, 5:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_progressive_training_grows_to_all_scales_in_every_family(family, images, tokenizer, tmp_path):
+    flags = {"family": family, "pg": 0.8, "pg0": 0, "max_steps": 12, "log_every": 1, "wp": 0.1, "val_samples": 0}
+    small_trainer(images, tokenizer, tmp_path, **flags).fit()
+    scales = [entry["scales"] for entry in read_metrics(tmp_path) if "scales" in entry]
+    assert scales == sorted(scales)
+    assert set(scales) == {1, 2, 3, 4}
+    assert len(read_metrics(tmp_path)[0]["loss_by_scale"]) == 1
+
+
+@pytest.mark.parametrize("window_from", [0, 3, 1])
+def test_scale_groups_in_turn_give_the_gradient_of_one_pass(window_from, images, tokenizer, tmp_path, monkeypatch):
+    flags = {"family": "markov", "window_from": window_from, "alng": 0.5, "ac": 2, "ls": 0.1}
+    together, each = (
+        gradients(small_trainer(images, tokenizer, tmp_path, scale_groups=mode, **flags), monkeypatch)
+        for mode in ("together", "each")
+    )
+    assert together.keys() == each.keys()
+    for name, gradient in together.items():
+        torch.testing.assert_close(each[name], gradient, atol=1e-6 * gradient.abs().max().item() + 1e-12, rtol=1e-4)
+
+
+def test_scale_groups_in_turn_need_the_memory_of_the_largest_group(images, tokenizer, tmp_path):
+    peaks = {}
+    for mode in ("together", "each"):
+        trainer = small_trainer(images, tokenizer, tmp_path, family="markov", scale_groups=mode)
+        with live_saved_bytes() as watch:
+            trainer.train_step(batches_of(trainer))
+        peaks[mode] = watch.peak
+    trainer = small_trainer(images, tokenizer, tmp_path, family="markov")
+    alone = []
+    for scales in (range(2), range(2, 3), range(3, 4)):
+        indices = trainer._indices(next(batches_of(trainer))[0])
+        with live_saved_bytes() as watch:
+            inputs = trainer.tokenizer.teacher_inputs(indices)
+            losses, _ = trainer._token_losses(trainer.model, torch.cat(indices, 1), inputs, torch.zeros(8).long(), scales, 0.0)
+            losses.sum().backward()
+        alone.append(watch.peak)
+    assert peaks["each"] == pytest.approx(max(alone), rel=0.02)
+    assert peaks["each"] < 0.65 * peaks["together"]
+
+
+def test_drawn_groups_follow_the_released_schedule(images, tokenizer, tmp_path):
+    flags = {"family": "markov", "scale_groups": "drawn", "max_steps": 20, "log_every": 1, "val_every": 20}
+    small_trainer(images, tokenizer, tmp_path, **flags).fit()
+    trained = [list(entry["loss_by_scale"]) for entry in read_metrics(tmp_path) if "loss" in entry]
+    assert trained == 2 * (8 * [["1x1", "2x2"]] + [["3x3"], ["4x4"]])
+
+
+# --- precision ----------------------------------------------------------------------------------------------------------
+
+
+def poison(trainer: Trainer, steps: set[int], scale: int = 2) -> None:
+    """Make the loss of one scale infinite in some steps."""
+    usual = trainer._token_losses
+
+    def token_losses(*arguments):
+        losses, predictions = usual(*arguments)
+        if trainer.state.step in steps:
+            tokens = trainer.pyramid.tokens(range(scale, scale + 1))
+            losses = losses.clone()
+            losses[:, tokens] *= torch.inf
+        return losses, predictions
+
+    trainer._token_losses = token_losses
+
+
+@pytest.mark.parametrize("fp16", [0, 2])
+def test_what_is_not_finite_stops_the_run_at_once(fp16, images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path, fp16=fp16, save_every=1, tblr=0.01)
+    poison(trainer, {2})
+    with pytest.raises(FloatingPointError, match="step 3: the loss is inf at scale 3x3 on rank 0; the last checkpoint is unt"):
+        trainer.fit()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_1", "step_2"]
+    saved = load_transformer(tmp_path, ema=False).head.weight
+    assert torch.equal(saved, trainer.state.transformer.head.weight)  # the bad step was not applied
+
+
+def test_half_precision_skips_and_counts_steps_that_are_not_finite(images, tokenizer, tmp_path):
+    flags = {"fp16": 1, "max_steps": 6, "log_every": 1, "tblr": 0.01, "max_bad_steps": 3}
+    trainer = small_trainer(images, tokenizer, tmp_path, **flags)
+    poison(trainer, {1, 2, 4})
+    trainer.fit()
+    entries = [entry for entry in read_metrics(tmp_path) if "loss" in entry]
+    assert [entry["skipped_steps"] for entry in entries] == [0, 1, 2, 2, 3, 3]
+    assert [entry["loss_scale"] for entry in entries] == [2048, 1024, 512, 512, 256, 256]
+    assert [entry["loss"] is None for entry in entries] == [False, True, True, False, True, False]
+
+
+def test_half_precision_ends_after_too_many_bad_steps_in_a_row(images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path, fp16=1, save_every=1, max_bad_steps=3, tblr=0.01)
+    poison(trainer, {1, 2, 3})
+    message = "step 4: the loss is inf at scale 3x3 on rank 0 at loss scale 512, 3 such steps in a row; .* or use --fp16=0"
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.fit()
+    assert [path.name for path in checkpoints(tmp_path)][-1] == "step_3"
+
+
+def test_a_gradient_without_a_bad_loss_is_told_apart(images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path)
+    trainer.state.transformer.head.weight.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(FloatingPointError, match=r"step 1: the gradient is not finite \(largest loss 3.4.* at scale"):
+        trainer.fit()
+
+
+def test_the_loss_scale_grows_to_its_cap(images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path, fp16=1, max_steps=8, log_every=1, tblr=1e-6)
+    trainer.state.scaler.set_growth_interval(1)
+    trainer.fit()
+    scales = [entry["loss_scale"] for entry in read_metrics(tmp_path) if "loss" in entry]
+    assert scales == [4096, 8192, 16384, 32768, 32768, 32768, 32768, 32768]
+
+
+# --- averaged weights, recomputation, figures ---------------------------------------------------------------------------
+
+
+def test_averaged_weights_follow_the_trained_ones(images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path, tblr=0.01, max_steps=3, ema=0.5)
+    start = trainer.state.transformer.head.weight.detach().clone()
+    trainer.fit()
+    averaged, current = load_transformer(tmp_path), load_transformer(tmp_path, ema=False)
+    assert (start - averaged.head.weight).norm() < (start - current.head.weight).norm()
+    assert not torch.equal(start, averaged.head.weight)
+
+
+def test_averaged_weights_change_places_and_come_back(images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path)
+    weight, average = trainer.state.transformer.head.weight, trainer.state.ema["head.weight"]
+    average.add_(1)
+    before = weight.detach().clone(), average.clone()
+    with trainer._averaged_weights():
+        assert torch.equal(weight, before[1])
+    assert torch.equal(weight, before[0])
+    assert torch.equal(average, before[1])
+
+
+def test_recomputation_takes_the_same_step_with_less_memory(images, tokenizer, tmp_path):
+    weights, peaks = [], []
+    for recompute in (False, True):
+        trainer = small_trainer(images, tokenizer, tmp_path, recompute=recompute, drop_path=0.5, tblr=0.01, depth=6)
+        with live_saved_bytes() as watch:
+            trainer.train_step(batches_of(trainer))
+        peaks.append(watch.peak)
+        weights.append(torch.cat([p.flatten() for p in trainer.state.transformer.parameters()]))
+    assert torch.equal(*weights)
+    assert peaks[1] < 0.6 * peaks[0]
+
+
+def test_every_figure_of_a_step_and_of_a_validation_is_logged(images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path, max_steps=3, log_every=3, peak_tflops=1.0, fp16=1)
+    trainer.fit()
+    step, validation = read_metrics(tmp_path)
+    scales = ["1x1", "2x2", "3x3", "4x4"]
+    assert list(step["loss_by_scale"]) == list(step["accuracy_by_scale"]) == scales
+    assert list(validation["val_loss_by_scale"]) == list(validation["val_accuracy_by_scale"]) == scales
+    lengths = torch.tensor([1.0, 4.0, 9.0, 16.0])
+    mean = (torch.tensor(list(step["loss_by_scale"].values())) * lengths).sum() / lengths.sum()
+    assert step["loss"] == pytest.approx(mean.item())
+    assert step["loss_last"] == step["loss_by_scale"]["4x4"]
+    assert step["epoch"] == validation["epoch"] == 1.0
+    assert step["grad_norm"] > 0
+    assert 0 < step["mfu"] < 1
+    assert step["memory_gb"] > 0.1
+    assert 0 <= validation["val_codes_used"] <= 1
+    by_class = (tmp_path / "val_classes.jsonl").read_text()
+    assert by_class.count("\n") == 1
+    assert '"step": 3' in by_class

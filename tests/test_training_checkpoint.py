@@ -1,0 +1,111 @@
+import pytest
+import torch
+from small_models import small_transformer
+
+from utils.checkpoint import Description, load_description, load_transformer
+from utils.optim import build_adamw
+from utils.run_checkpoints import checkpoints
+from utils.train_state import TrainState
+from utils.training_checkpoint import read_numbers, restore_, save_checkpoint
+
+DESCRIPTION = Description("transformer", class_names=["cat", "dog"], tokenizer="vae.pth", training={"seed": 3})
+
+
+def make_state(seed: int, average: bool = True) -> TrainState:
+    """A state after a step of AdamW with gradients drawn from the seed."""
+    model = small_transformer().train()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = build_adamw(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    ema = {name: weight.detach() + 1 for name, weight in model.named_parameters()} if average else {}
+    return TrainState(model, optimizer, scaler, ema, step=seed, seconds=1.5, skipped_steps=2)
+
+
+def save(run, state: TrainState, keep: int = 2):
+    numbers = state.numbers() | {"ranks": 1}
+    return save_checkpoint(run, state.step, state.transformer.config, DESCRIPTION, numbers, state.tensors(), keep)
+
+
+def equal(state: TrainState, other: TrainState) -> bool:
+    ours, theirs = state.tensors(), other.tensors()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_state_comes_back_whole(tmp_path):
+    state, other = make_state(5), make_state(6)
+    assert not equal(state, other)
+    checkpoint = save(tmp_path, state)
+    restore_(other.tensors(), checkpoint)
+    other.set_numbers(read_numbers(checkpoint))
+    assert equal(state, other)
+    assert (other.step, other.seconds, other.skipped_steps) == (5, 1.5, 2)
+
+
+def test_moments_are_restored_before_the_first_step_too(tmp_path):
+    state = make_state(5)
+    model = small_transformer()
+    fresh = TrainState(model, build_adamw(model), torch.amp.GradScaler("cpu", enabled=False))
+    restore_(fresh.tensors(), save(tmp_path, state))
+    for ours, theirs in zip(state.transformer.parameters(), fresh.transformer.parameters(), strict=True):
+        ours.grad, theirs.grad = torch.ones_like(ours), torch.ones_like(ours)
+    state.optimizer.step(), fresh.optimizer.step()
+    state.ema = {}
+    assert equal(state, fresh)
+
+
+def test_averaged_weights_start_from_the_weights_where_there_were_none(tmp_path):
+    state, other = make_state(5, average=False), make_state(6)
+    restore_(other.tensors(), save(tmp_path, state))
+    assert torch.equal(other.ema["head.weight"], state.transformer.head.weight)
+
+
+def test_a_checkpoint_is_a_model_with_a_description(tmp_path):
+    state = make_state(5)
+    save(tmp_path, state)
+    assert torch.equal(load_transformer(tmp_path).head.bias, state.ema["head.bias"])
+    assert torch.equal(load_transformer(tmp_path, ema=False).head.bias, state.transformer.head.bias)
+    assert load_description(tmp_path) == DESCRIPTION
+
+
+def test_keep_bounds_the_number_of_checkpoints(tmp_path):
+    for step in (8, 9, 10, 11):
+        save(tmp_path, make_state(step))
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_10", "step_11"]
+
+
+def test_a_disk_that_is_full_leaves_what_was_there(tmp_path, monkeypatch):
+    first = save(tmp_path, make_state(1))
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+    calls = []
+
+    def write(tensors, path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        path.write_bytes(b"x" * 1000)
+
+    monkeypatch.setattr("utils.checkpoint.save_file", write)
+    with pytest.raises(OSError, match="No space left on device"):
+        save(tmp_path, make_state(2), keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: {**tensors, "model.more": torch.zeros(1)}, "model.more is missing"),
+        (lambda tensors: {**tensors, "model.head.bias": torch.zeros(3)}, r"model.head.bias has size \(24,\), this model wants"),
+    ],
+)
+def test_a_state_of_another_model_is_refused(tmp_path, change, message):
+    checkpoint = save(tmp_path, make_state(1))
+    with pytest.raises(ValueError, match=message):
+        restore_(change(make_state(2).tensors()), checkpoint)

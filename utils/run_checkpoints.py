@@ -1,0 +1,106 @@
+"""The checkpoints of a run: which of them are whole, how a new one comes in and old ones go.
+
+A checkpoint is a directory checkpoints/step_N. It is written beside its place and renamed, and its last file, checksums.json,
+holds size and SHA-256 of all others, so that a kill, a full disk or a damaged disk cannot make a part pass for the whole.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+CHECKSUMS = "checksums.json"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def place(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoints of a run under their final names, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint whose files are all there in full length; None where there is none."""
+    return next((path for path in reversed(checkpoints(run)) if truncation(path) is None), None)
+
+
+def seal(directory: Path) -> None:
+    """Write checksums.json over all files of a checkpoint."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    sums = {str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    (directory / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def truncation(checkpoint: Path) -> str | None:
+    """What is missing of a checkpoint, judged by names and lengths; None where nothing is."""
+    try:
+        sums = json.loads((checkpoint / CHECKSUMS).read_text())
+        for name, expected in sums.items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size} of {expected['bytes']} bytes"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{CHECKSUMS} is missing or unreadable ({type(error).__name__})"
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, judged by reading all of it; None where nothing is."""
+    short = truncation(checkpoint)
+    if short is not None:
+        return short
+    for name, expected in json.loads((checkpoint / CHECKSUMS).read_text()).items():
+        if sha256(checkpoint / name) != expected["sha256"]:
+            return f"{name} is not what was written (SHA-256 differs)"
+    return None
+
+
+def choose_intact(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint without damage, and what is wrong with the newer ones.
+
+    These are renamed to step_N.damaged, out of the way of the steps that will be done again; `prune` removes them once there is
+    a new checkpoint. ValueError, and nothing renamed, where all checkpoints of the run are damaged.
+    """
+    faults: list[tuple[Path, str]] = []
+    for checkpoint in reversed(checkpoints(run)):
+        fault = damage(checkpoint)
+        if fault is None:
+            for broken, _ in faults:
+                os.rename(broken, broken.with_name(f"{broken.name}.damaged"))
+            return checkpoint, [f"{broken}: damaged, {fault}: going back to {checkpoint.name}" for broken, fault in faults]
+        faults.append((checkpoint, fault))
+    if faults:
+        broken, fault = faults[0]
+        raise ValueError(
+            f"{broken}: damaged, {fault}, and no earlier checkpoint of the run is whole: restore one, "
+            f"or remove {run / 'checkpoints'} to start anew"
+        )
+    return None, []
+
+
+def prune(run: Path, newest: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, damaged ones and what killed processes left; `newest` stays always."""
+    old = [path for path in checkpoints(run)[:-keep] if path != newest]
+    leftovers = [
+        path
+        for path in (run / "checkpoints").iterdir()
+        if re.fullmatch(r"step_\d+\.damaged|\.step_\d+\.(writing|replaced)", path.name)
+    ]
+    for path in old + leftovers:
+        shutil.rmtree(path)

@@ -1,0 +1,38 @@
+"""Tensors that lie in shards: every rank writes the parts that it holds (torch.distributed.checkpoint, as safetensors files).
+
+The shards of any number of ranks are read into any number of ranks, or into whole tensors by one process.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+SHARDS = "shards"  # the folder of a checkpoint that holds them
+
+
+def is_sharded(checkpoint: Path) -> bool:
+    return (checkpoint / SHARDS).is_dir()
+
+
+def shard_sizes(checkpoint: Path) -> dict[str, torch.Size]:
+    """Names and whole sizes of the tensors of a sharded checkpoint."""
+    reader = HuggingFaceStorageReader(str(checkpoint / SHARDS))
+    return {name: entry.size for name, entry in reader.read_metadata().state_dict_metadata.items()}
+
+
+def fill_from_shards_(tensors: dict[str, Tensor], checkpoint: Path) -> None:
+    """Fill whole tensors, or this rank's parts of sharded ones, by name."""
+    # each rank reads for itself what it needs, so nobody waits for anybody
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint / SHARDS)), no_dist=True)
+
+
+def read_shards(checkpoint: Path, groups: tuple[str, ...]) -> dict[str, Tensor]:
+    """Whole tensors "NAME" of the first of the groups "GROUP.NAME" that the checkpoint has."""
+    sizes = shard_sizes(checkpoint)
+    group = next((group for group in groups if any(name.startswith(f"{group}.") for name in sizes)), groups[0])
+    tensors = {name: torch.empty(size) for name, size in sizes.items() if name.startswith(f"{group}.")}
+    fill_from_shards_(tensors, checkpoint)
+    return {name.removeprefix(f"{group}."): tensor for name, tensor in tensors.items()}

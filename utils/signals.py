@@ -1,0 +1,37 @@
+"""A request to stop (SIGTERM from a scheduler or torchrun, SIGINT from Ctrl-C) that waits for a good moment."""
+
+import signal
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """While entered, the first SIGTERM or SIGINT is remembered in `number` (0 until then); the second acts as usual."""
+
+    def __init__(self):
+        self.number = 0
+        self._usual: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._usual = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, usual in self._usual.items():
+            signal.signal(number, usual)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        for other, usual in self._usual.items():
+            signal.signal(other, usual)
+
+
+def ignore_the_first() -> None:
+    """For helper processes, which get the same signals as the process they work for: that one decides when they end."""
+
+    def swallow(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in SIGNALS:
+        signal.signal(number, swallow)
