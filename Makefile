@@ -1,9 +1,10 @@
-# make test: lint and all tests.  make demo: train and sample on the embedded images.  Both set up .venv themselves.
+# make test: lint and all tests.  make demo: train and sample on the embedded images.  make soak: kill a run 50 times and compare
+# its end (half an hour).  All set up .venv themselves.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo clean
+.PHONY: test demo soak clean
 
 test: .venv/installed
 	$(BIN)/ruff check .
@@ -12,6 +13,9 @@ test: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
+
+soak: .venv/installed
+	$(BIN)/python scripts/soak.py --json results/soak.json
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -16,7 +16,7 @@ from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from trainer import Trainer, with_seed
 from utils import cli, data
-from utils.checkpoint import load_tokenizer, load_tokenizer_for
+from utils.checkpoint import load_fitting_tokenizer, load_tokenizer_for
 from utils.data import Images, TrainOrder
 from utils.recipe import RELEASED_TOKENIZER, TrainConfig
 from utils.token_cache import TokenCache, check_cache, read_manifest
@@ -81,29 +81,16 @@ def tokenizer_source(config: TrainConfig) -> str:
     return RELEASED_TOKENIZER if Path(RELEASED_TOKENIZER).exists() else HUB_TOKENIZER
 
 
-def load_fitting_tokenizer(source: str, pn: str) -> VQVAE:
-    """The tokenizer, for the pyramid that --pn asks for; ValueError where that is not the one it was trained with."""
-    if not pn:
-        return load_tokenizer(source)
-    wanted = Pyramid.parse(pn)
-    tokenizer = load_tokenizer_for(source, wanted)
-    if tokenizer.pyramid != wanted:
-        raise ValueError(
-            f"--pn={pn}: its last side {wanted.sides[-1]} does not fit the tokenizer {source}, "
-            f"which makes {tokenizer.pyramid}: give --pn={tokenizer.pyramid}"
-            if wanted.sides[-1] != tokenizer.pyramid.sides[-1]
-            else f"--pn={pn} is not the pyramid of the tokenizer {source}: give --pn={tokenizer.pyramid}"
-        )
-    return tokenizer
-
-
 def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     """Everything that the flags ask for, loaded, checked and initialised."""
     config.rank_batch(ranks.world)
     if not config.token_cache:
         data.check_root(config.data_path)
     config = replace(with_seed(config, ranks), vae=tokenizer_source(config))
-    tokenizer = load_fitting_tokenizer(config.vae, config.pn)
+    if config.token_cache and not config.pn:
+        tokenizer = load_tokenizer_for(config.vae, read_manifest(config.token_cache).pyramid)
+    else:
+        tokenizer = load_fitting_tokenizer(config.vae, config.pn)
     source = CachedData(config, tokenizer) if config.token_cache else FolderData(config, tokenizer)
     if config.token_cache and ranks.is_main:
         source.verify()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dist import Ranks, process_group
 from models.tokenizer import VQVAE
 from utils import cli, data, token_cache
-from utils.checkpoint import load_tokenizer
+from utils.checkpoint import load_fitting_tokenizer
 from utils.cli import flag, required
 from utils.token_cache import ARRAYS, Plan, Shard
 
@@ -31,6 +31,7 @@ class CacheConfig:
     vae: str = required("tokenizer: released file, directory, or owner/name[:file]")
     data_path: str = required("directory with train/<class>/* and val/<class>/*")
     out: str = required("directory of the cache; an unfinished one is resumed, a finished one not touched")
+    pn: str = flag("", "pyramid: 256, 512, 1024 or sides such as 1_2_3_4; empty: the tokenizer's", "--pyramid")
     views: int = flag(1, "random crops per training image; 1 with --center_crop")
     center_crop: bool = flag(False, "cut training images out of the middle too, instead of at random")
     hflip: bool = flag(False, "mirror half of the training views")
@@ -131,7 +132,7 @@ def encode(config: CacheConfig, ranks: Ranks) -> None:
     if (out / "manifest.json").exists():
         raise ValueError(f"{out}: a finished token cache is there: give another --out or remove it")
     train, val = data.read_folders(config.data_path)
-    tokenizer = load_tokenizer(config.vae).to(ranks.device)
+    tokenizer = load_fitting_tokenizer(config.vae, config.pn).to(ranks.device)
     plan = make_plan(config, tokenizer, train, val)
     # every rank looks, and so stops with the same error, before any of them writes
     check_directory(out, plan)

@@ -511,19 +511,6 @@ def test_rows_outside_the_cache_are_an_error(index, tmp_path):
         stored.gather(np.array([3, index]))
 
 
-def test_batches_of_768_come_faster_than_half_a_million_images_a_second(tmp_path):
-    """About 2 million on one core; the best of several tries, since other processes share it."""
-    stored = write_cache(tmp_path / "cache", rows=64 * 1024, per_shard=2048, num_tokens=680)
-    batches = np.random.default_rng(1).integers(0, len(stored), (20, 768))
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for indices in batches:
-            stored.gather(indices)
-        seconds.append(time.perf_counter() - start)
-    assert batches.size / min(seconds) > 500_000
-
-
 # --- training from it ---------------------------------------------------------------------------------------------------
 
 

@@ -83,6 +83,22 @@ def load_tokenizer_for(source: str | Path, pyramid: Pyramid) -> VQVAE:
     return load_tokenizer(source, None if is_ours(locate(source, wanted="tokenizer")) else pyramid.sides)
 
 
+def load_fitting_tokenizer(source: str, pn: str) -> VQVAE:
+    """The tokenizer, for the pyramid that --pn asks for; ValueError where that is not the one it was trained with."""
+    if not pn:
+        return load_tokenizer(source)
+    wanted = Pyramid.parse(pn)
+    tokenizer = load_tokenizer_for(source, wanted)
+    if tokenizer.pyramid != wanted:
+        raise ValueError(
+            f"--pn={pn}: its last side {wanted.sides[-1]} does not fit the tokenizer {source}, "
+            f"which makes {tokenizer.pyramid}: give --pn={tokenizer.pyramid}"
+            if wanted.sides[-1] != tokenizer.pyramid.sides[-1]
+            else f"--pn={pn} is not the pyramid of the tokenizer {source}: give --pn={tokenizer.pyramid}"
+        )
+    return tokenizer
+
+
 def load_transformer(source: str | Path, family: str | None = None, ema: bool = True) -> ScaleTransformer:
     """A transformer in eval mode, on the CPU; everything about it is read from the file.
 

@@ -3,6 +3,7 @@
 The shards of any number of ranks are read into any number of ranks, or into whole tensors by one process.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -25,8 +26,10 @@ def shard_sizes(checkpoint: Path) -> dict[str, torch.Size]:
 
 def fill_from_shards_(tensors: dict[str, Tensor], checkpoint: Path) -> None:
     """Fill whole tensors, or this rank's parts of sharded ones, by name."""
-    # each rank reads for itself what it needs, so nobody waits for anybody
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint / SHARDS)), no_dist=True)
+    with warnings.catch_warnings():
+        # each rank reads for itself what it needs, so nobody waits for anybody, and that is what it warns of
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint / SHARDS)), no_dist=True)
 
 
 def read_shards(checkpoint: Path, groups: tuple[str, ...]) -> dict[str, Tensor]:

@@ -1,0 +1,191 @@
+"""Kill a training run at random moments, again and again, and compare its end with that of a run that nobody killed.
+
+A small M-VAR trains on the embedded images, saving after every step, once in peace and once in trouble: SIGKILL, SIGTERM and
+SIGINT to one process, SIGKILL to one of two ranks or to all of them with torchrun, at moments drawn at random, many of them in
+the middle of writing a checkpoint. Weights, averaged weights, optimizer state and logged figures must be the same, bit for bit.
+"""
+
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from models.tokenizer import TOKENIZER_PRESETS, VQVAE
+from utils import cli
+from utils.checkpoint import Description, save_model
+from utils.cli import flag
+from utils.data import export_fashion_mnist
+from utils.files import replace_text, written_aside
+from utils.log import read_metrics
+from utils.run_checkpoints import CHECKSUMS, checkpoints, latest_checkpoint, step_of
+
+CLOCK_FIELDS = ("time", "images_per_second", "memory_gb")  # of metrics.jsonl: they differ from run to run
+LONGEST_WAIT = 4.0  # seconds of training before a kill
+KEEP = 2
+
+
+@dataclass(frozen=True)
+class SoakConfig:
+    """Flags of scripts/soak.py."""
+
+    out: str = flag("out/soak", "directory for the runs; what an earlier soak left there is removed")
+    kills: int = flag(50, "kills in all, half of them to one process, half to two ranks")
+    steps: int = flag(1000, "steps of each run")
+    seed: int = flag(0, "of the moments and signals")
+    json: str = flag("", "file for the figures, empty: none")
+
+    def __post_init__(self):
+        if self.kills < 2 or self.steps < 1:
+            raise ValueError(f"--kills={self.kills}, --steps={self.steps}: give at least 2 kills and 1 step")
+
+
+def prepare(out: Path) -> list[str]:
+    """Tokens of some embedded images by a tokenizer with random weights; returns the flags of the training run."""
+    export_fashion_mnist(out / "images")
+    for folder in (out / "images").glob("*/*"):
+        for file in sorted(folder.iterdir())[20:]:
+            file.unlink()
+    torch.manual_seed(0)
+    tokenizer = VQVAE(TOKENIZER_PRESETS["f8-32"])
+    tokenizer.init_weights()
+    with written_aside(out / "tokenizer") as directory:
+        save_model(directory, tokenizer, Description("tokenizer"))
+    words = ["scripts/cache_tokens.py", "--vae", out / "tokenizer", "--data_path", out / "images", "--out", out / "tokens"]
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, env=environment())
+    flags = "--depth=3 --width=192 --heads=3 --bs=4 --ac=2 --drop_path=0.3 --ema=0.99 --seed=1 --tblr=4e-3 --log_every=1"
+    return [*flags.split(), "--save_every=1", "--val_every=100", f"--keep={KEEP}", "--token_cache", str(out / "tokens")]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(flags: list[str], run: Path, ranks: int, output: Path) -> subprocess.Popen:
+    python = [sys.executable]
+    if ranks > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    words = [*python, "train.py", *flags, "--local_out_dir_path", str(run)]
+    with open(output, "w") as file:
+        return subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT)
+
+
+def wait_until_it_trains(process: subprocess.Popen, output: Path) -> None:
+    while process.poll() is None and "parameters, pyramid" not in output.read_text():
+        time.sleep(0.01)
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except FileNotFoundError:
+        return []
+
+
+def trouble(flags: list[str], run: Path, ranks: int, kills: int, draw: random.Random) -> dict[str, int]:
+    """Start the run and kill it, `kills` times; ValueError where a kill costs more than it may."""
+    counts = {"kills": 0, "while_saving": 0, "steps_lost": 0}
+    saved = 0
+    output = run.with_suffix(".output")
+    while counts["kills"] < kills:
+        process = start(flags, run, ranks, output)
+        wait_until_it_trains(process, output)
+        time.sleep(draw.uniform(0, LONGEST_WAIT))
+        if process.poll() is not None:
+            if process.returncode != 0:
+                raise ValueError(f"the run ended with code {process.returncode} by itself: see {output}")
+            raise ValueError(f"the run ended before {kills} kills: give more than --steps")
+        victims = [process.pid]
+        number = signal.SIGKILL
+        if ranks == 1:
+            number = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        else:
+            workers = children(process.pid)
+            victims = [draw.choice(workers)] if draw.random() < 0.5 else [process.pid, *workers]
+        counts["while_saving"] += any((run / "checkpoints").glob(".step_*.writing"))
+        reached = len(read_lines(run))
+        for victim in victims:
+            os.kill(victim, number)
+        process.wait(120)
+        counts["kills"] += 1
+        name = f"{signal.Signals(number).name} to {'one of two ranks' if len(victims) < ranks else 'all'}"
+        counts[name] = counts.get(name, 0) + 1
+        newest = latest_checkpoint(run)
+        step = 0 if newest is None else step_of(newest)
+        if step < saved or len(checkpoints(run)) > KEEP + 1:
+            raise ValueError(f"after kill {counts['kills']}: step {step}, was {saved}; checkpoints {checkpoints(run)}")
+        counts["steps_lost"] += max(reached - step, 0)
+        saved = step
+        print(f"{ranks} rank(s), kill {counts['kills']}/{kills} by {name}: saved up to step {saved}", flush=True)
+    return counts
+
+
+def read_lines(run: Path) -> list[str]:
+    """Logged steps."""
+    path = run / "metrics.jsonl"
+    return [line for line in path.read_text().splitlines() if '"grad_norm"' in line] if path.exists() else []
+
+
+def finish(flags: list[str], run: Path, ranks: int) -> None:
+    output = run.with_suffix(".output")
+    if start(flags, run, ranks, output).wait() != 0:
+        raise ValueError(f"the run could not be finished: see {output}")
+
+
+def same(run: Path, other: Path) -> bool:
+    """Whether all saved tensors and all logged figures are the same."""
+    sums = [json.loads((checkpoints(path)[-1] / CHECKSUMS).read_text()) for path in (run, other)]
+    tensors = [{name: entry["sha256"] for name, entry in entries.items() if name.endswith(".safetensors")} for entries in sums]
+    logs = [[{k: v for k, v in line.items() if k not in CLOCK_FIELDS} for line in read_metrics(path)] for path in (run, other)]
+    return tensors[0] == tensors[1] and logs[0] == logs[1]
+
+
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def main() -> None:
+    config = cli.parse(SoakConfig, __doc__)
+    out = Path(config.out)
+    begun = time.monotonic()
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    flags = [*prepare(out), f"--max_steps={config.steps}"]
+    draw = random.Random(config.seed)
+    results = {}
+    for ranks in (1, 2):
+        peaceful, troubled = out / f"peace_{ranks}", out / f"trouble_{ranks}"
+        finish(flags, peaceful, ranks)
+        counts = trouble(flags, troubled, ranks, config.kills // 2, draw)
+        finish(flags, troubled, ranks)
+        results[f"{ranks} rank(s)"] = counts | {"same_end": same(peaceful, troubled)}
+    figures = {
+        "command": " ".join(["python", "scripts/soak.py", *sys.argv[1:]]),
+        "settings": asdict(config),
+        "commit": commit(),
+        "device": f"CPU, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "minutes": round((time.monotonic() - begun) / 60, 1),
+        "results": results,
+    }
+    print(json.dumps(figures, indent=1))
+    if config.json:
+        replace_text(Path(config.json), json.dumps(figures, indent=1) + "\n")
+    if not all(result["same_end"] for result in results.values()):
+        raise ValueError(f"a killed run did not end as the one in peace: compare the runs in {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,64 @@
+"""Many short runs of train.py by the same two ranks, for tests/test_two_ranks.py: starting processes takes longer than these.
+
+torchrun --nproc_per_node=2 tests/two_ranks.py OUT RUNS: RUNS is a JSON list of [name, flags]; each runs into OUT/name, unless
+it says "copy A B", which copies a run, or "drop A N", which removes its checkpoint of step N. The message of a run that fails
+is written to OUT/name.error.RANK.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import train
+import trainer
+from dist import Ranks, process_group
+from utils import cli
+from utils.recipe import TrainConfig
+from utils.run_checkpoints import place
+
+
+def spoil_the_loss_of_rank_one(rank: int) -> None:
+    """What --poison stands for: in the third step the second scale of the second rank is not finite."""
+    usual = trainer.Trainer._token_losses
+
+    def token_losses(self, *arguments):
+        losses, predictions = usual(self, *arguments)
+        if rank == 1 and self.state.step == 2:
+            losses = losses.clone()
+            losses[:, 1:5] *= torch.nan
+        return losses, predictions
+
+    trainer.Trainer._token_losses = token_losses
+
+
+def run(out: Path, name: str, flags: list[str], ranks: Ranks) -> None:
+    action, *words = name.split()
+    if action in ("copy", "drop"):
+        if ranks.is_main and action == "copy":
+            shutil.copytree(out / words[0], out / words[1])
+        elif ranks.is_main:
+            shutil.rmtree(place(out / words[0], int(words[1])))
+        ranks.barrier()
+        return
+    usual = trainer.Trainer._token_losses
+    if "--poison" in flags:
+        spoil_the_loss_of_rank_one(ranks.rank)
+    try:
+        config = cli.parse(TrainConfig, "", [*(f for f in flags if f != "--poison"), "--local_out_dir_path", str(out / action)])
+        train.build_trainer(config, ranks).fit()
+    except (ValueError, FloatingPointError) as error:
+        (out / f"{action}.error.{ranks.rank}").write_text(str(error))
+    finally:
+        trainer.Trainer._token_losses = usual
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with process_group() as ranks:
+        for name, flags in json.loads(sys.argv[2]):
+            run(Path(sys.argv[1]), name, flags, ranks)
