@@ -130,6 +130,7 @@ class Trainer:
                 block.compile(mode={1: "reduce-overhead", 2: "max-autotune", 3: "default"}[config.tfast])
         if config.parallel == "fsdp" or ranks.world == 1:
             return transformer
+        # accumulation is not possible with a static graph
         same_every_step = config.ac == 1 and config.pg == 0 and config.scale_groups == "together"
         return replicated(transformer, static_graph=same_every_step, unused_parameters=config.scale_groups == "drawn")
 
@@ -358,55 +359,59 @@ class Trainer:
 
         After SIGTERM or SIGINT the step is finished and saved, and SystemExit with 128 + the signal's number ends the run.
         """
-        state, config, ranks = self.state, self.config, self.ranks
         notes = self._resume()
-        log = RunLog(self.run, ranks.is_main, state.step)
-        if ranks.is_main:
-            self._write_config()
-        for note in [*notes, self._headline()]:
-            log.text(note)
-        order = TrainOrder(self.data.size, config.bs, config.seed, ranks.rank, ranks.world, config.ac, self.data.views)
-        batches = self.data.train_batches(order, state.step, self.total_steps)
-        final: dict[str, float] = {}
-        if self._finished():
-            log.text(f"nothing left to do at step {state.step}: a longer run needs a larger --ep, --max_steps or --max_minutes")
-        mark_time, mark_step = time.monotonic(), state.step  # of the last log line
-        clock_start = time.monotonic() - state.seconds
-        with StopRequest() as stop:
-            while True:
-                if state.validation_due:
-                    final = self._validate(log, stop)
-                    mark_time, mark_step = time.monotonic(), state.step
-                stopped_by = ranks.largest(stop.number)
-                saves = state.step % self.save_every == 0 or self._finished() or stopped_by
-                if saves and state.step > self.saved_step:
-                    self.save()
-                if self._finished() or stopped_by:
-                    break
-                result = self.train_step(batches)
-                state.seconds = time.monotonic() - clock_start
-                if config.max_minutes:
-                    state.seconds = ranks.from_main(state.seconds)
-                state.validation_due = state.step % self.val_every == 0 or self._finished()
-                if state.step % config.log_every == 0 or self._finished():
-                    speed = (state.step - mark_step) * config.bs / (time.monotonic() - mark_time)
-                    mark_time, mark_step = time.monotonic(), state.step
-                    metrics = self._metrics(result, speed)
-                    log.metrics(state.step, metrics)
-                    share = self.progress()
-                    total = round(state.step / share) if config.max_minutes else self.total_steps
-                    log.progress(state.step, total, share, state.seconds, metrics)
-                if self.sharded is not None:
-                    self.sharded.poll()
+        with contextlib.closing(RunLog(self.run, self.ranks.is_main, self.state.step)) as log, StopRequest() as stop:
+            if self.ranks.is_main:
+                self._write_config()
+            for note in [*notes, self._headline()]:
+                log.text(note)
+            if self._finished():
+                log.text(
+                    f"nothing left to do at step {self.state.step}: for more, give a larger --ep, --max_steps or --max_minutes"
+                )
+            final, stopped_by = self._train(log, stop)
             if self.sharded is not None:
                 self.sharded.finish()
-        if stopped_by:
-            name = signal.Signals(stopped_by).name
-            log.text(f"stopped by {name} after step {state.step}, which is saved: the same command goes on from there")
-        log.close()
+            if stopped_by:
+                name = signal.Signals(stopped_by).name
+                log.text(f"stopped by {name} after step {self.state.step}, which is saved: the same command goes on from there")
         if stopped_by:
             raise SystemExit(128 + stopped_by)
         return final
+
+    def _train(self, log: RunLog, stop: StopRequest) -> tuple[dict[str, float], int]:
+        """Step by step to the end, or to a request to stop; returns the last validation figures and the signal, or 0."""
+        state, config, ranks = self.state, self.config, self.ranks
+        order = TrainOrder(self.data.size, config.bs, config.seed, ranks.rank, ranks.world, config.ac, self.data.views)
+        batches = self.data.train_batches(order, state.step, self.total_steps)
+        final: dict[str, float] = {}
+        mark_time, mark_step = time.monotonic(), state.step  # of the last log line
+        clock_start = time.monotonic() - state.seconds
+        while True:
+            if state.validation_due:
+                final = self._validate(log, stop)
+                mark_time, mark_step = time.monotonic(), state.step
+            stopped_by = ranks.largest(stop.number)
+            is_last = self._finished() or stopped_by
+            if (is_last or state.step % self.save_every == 0) and state.step > self.saved_step:
+                self.save()
+            if is_last:
+                return final, stopped_by
+            result = self.train_step(batches)
+            state.seconds = time.monotonic() - clock_start
+            if config.max_minutes:
+                state.seconds = ranks.from_main(state.seconds)
+            state.validation_due = state.step % self.val_every == 0 or self._finished()
+            if state.step % config.log_every == 0 or self._finished():
+                speed = (state.step - mark_step) * config.bs / (time.monotonic() - mark_time)
+                mark_time, mark_step = time.monotonic(), state.step
+                metrics = self._metrics(result, speed)
+                log.metrics(state.step, metrics)
+                share = self.progress()
+                total = round(state.step / share) if config.max_minutes else self.total_steps
+                log.progress(state.step, total, share, state.seconds, metrics)
+            if self.sharded is not None:
+                self.sharded.poll()
 
     def _headline(self) -> str:
         config, state = self.config, self.state
@@ -436,11 +441,11 @@ class Trainer:
             "learning_rate": result.learning_rate,
             "weight_decay": result.weight_decay,
             "scales": result.num_scales,
-            "loss_scale": state.scaler.get_scale(),
-            "skipped_steps": state.skipped_steps,
             "images_per_second": speed,
             "memory_gb": peak_memory(self.ranks.device) / 1e9,
         }
+        if self.config.fp16 == 1:
+            metrics |= {"loss_scale": state.scaler.get_scale(), "skipped_steps": state.skipped_steps}
         return metrics | ({"mfu": speed * self.mfu_of_image} if self.mfu_of_image else {})
 
     # --- saving and resuming --------------------------------------------------------------------------------------------

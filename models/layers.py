@@ -28,7 +28,9 @@ class Modulation(NamedTuple):
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Layer norm without affine, then x * (1 + scale) + shift; x (B, L, C), scale and shift (B, 1, C)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
+    # Autocast would have GPUs write and keep a float32 copy; the norm's statistics are float32 in the kernel without it.
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 
 def modulation_projection(width: int, num_chunks: int) -> nn.Sequential:

@@ -148,9 +148,9 @@ def memory(config: BenchmarkConfig) -> list[dict]:
 
     What a GPU holds under DDP, for images of 256 px (680 tokens); 1 GB is 10^9 bytes.
 
-    - *State*: weights, gradients, the two moments of AdamW and averaged weights, 4 + 4 + 8 + 4 bytes per parameter. The average
-      (`--ema`) lies on the first GPU only. While a step runs, autocast's half-precision copies of the weights come on top,
-      2 bytes per parameter.
+    - *State*: weights, gradients, the two moments of AdamW and averaged weights (`--ema`), 4 + 4 + 8 + 4 bytes per parameter;
+      `--parallel=fsdp` divides it by the number of GPUs. While a step runs, autocast's half-precision copies of the weights
+      come on top, 2 bytes per parameter.
     - *Activations*: what a forward pass with its loss keeps for the backward pass, per image, in bfloat16 or float16: every
       storage that autograd saves, once, in a batch of two less that in a batch of one. Measured on tensors with shapes and no
       values, which follow a GPU's rules of autocast and save what its fused attention saves; with `--real` on real ones, by the

@@ -41,7 +41,7 @@ def training_flops(config: TransformerConfig) -> float:
     """Floating-point operations of one training step on one image, a multiply-add being two.
 
     Three times the matrix products of a forward pass over the whole pyramid; products computed twice to save memory count
-    once. Attention counts every score it computes, those that a window hides too (Markov: 4 % of the whole at depth 12, 1 % at
+    once. Attention counts every score it computes, those that a window hides too (Markov: 2 % of the whole at depth 12, 1 % at
     24). Nothing is computed and no memory taken, but it takes a second or two.
     """
     # Fake tensors have shapes and no values; the meta device would do, but knows no autocast.
