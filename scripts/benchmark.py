@@ -2,11 +2,6 @@
 
 import contextlib
 import itertools
-import json
-import os
-import platform
-import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,9 +26,8 @@ from tqdm import tqdm
 from models.pyramid import STANDARD_SIDES
 from models.ssm import StateSpace
 from models.transformer import FAMILIES, ScaleTransformer, TransformerConfig, family_config, recompute_blocks
-from utils import cli, token_cache
+from utils import cli, evidence, token_cache
 from utils.cli import argument, flag
-from utils.files import replace_text
 
 PIXELS, NUM_CLASSES = 256, 1000
 IMAGENET_IMAGES = 1_281_167
@@ -310,34 +304,13 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
 }
 
 
-def page(command: str, words: list[str], rows: list[dict]) -> str:
-    """What a sub-command measures, its own words on the command line, and the rows as a Markdown table."""
+def page(command: str, rows: list[dict]) -> str:
+    """What a sub-command measures, how it was called, and the rows as a Markdown table."""
     title, text = getdoc(COMMANDS[command]).split("\n\n", 1)
     table = [[COLUMNS[name][0] for name in rows[0]], ["---"] * len(rows[0])]
     table += [[COLUMNS[name][1](value) for name, value in row.items()] for row in rows]
     lines = [f"| {' | '.join(cells)} |" for cells in table]
-    return "\n".join([f"# {title}", "", text, "", f"Printed by `{shlex.join(words)}`.", "", *lines]) + "\n"
-
-
-def commit() -> str:
-    """The commit checked out, with -dirty behind it where files differ from it; "unknown" outside git."""
-    words = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=7"]
-    try:
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def record(words: list[str], rows: list[dict]) -> dict:
-    """The rows with everything that it takes to repeat them."""
-    return {
-        "command": shlex.join(words),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "commit": commit(),
-        "threads": torch.get_num_threads(),
-        "rows": rows,
-    }
+    return "\n".join([f"# {title}", "", text, "", f"Printed by `{evidence.command()}`.", "", *lines]) + "\n"
 
 
 def main() -> None:
@@ -345,12 +318,10 @@ def main() -> None:
     out = Path(config.json)
     if config.json and out.exists() and not config.overwrite:
         raise ValueError(f"{out}: is there already: give another --json, or --overwrite")
-    words = ["python", "scripts/benchmark.py", *sys.argv[1:]]
     rows = COMMANDS[config.command](config)
     if config.json:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(out, json.dumps(record(words, rows), indent=1) + "\n")
-    print(page(config.command, words, rows), end="")
+        evidence.store(out, {"threads": torch.get_num_threads(), "rows": rows})
+    print(page(config.command, rows), end="")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ the middle of writing a checkpoint. Weights, averaged weights, optimizer state a
 
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -23,11 +22,11 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from models.tokenizer import TOKENIZER_PRESETS, VQVAE
-from utils import cli
+from utils import cli, evidence
 from utils.checkpoint import Description, save_model
 from utils.cli import flag
 from utils.data import export_fashion_mnist
-from utils.files import replace_text, written_aside
+from utils.files import written_aside
 from utils.log import read_metrics
 from utils.run_checkpoints import CHECKSUMS, checkpoints, latest_checkpoint, step_of
 
@@ -151,10 +150,6 @@ def same(run: Path, other: Path) -> bool:
     return tensors[0] == tensors[1] and logs[0] == logs[1]
 
 
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
 def main() -> None:
     config = cli.parse(SoakConfig, __doc__)
     out = Path(config.out)
@@ -171,18 +166,13 @@ def main() -> None:
         finish(flags, troubled, ranks)
         results[f"{ranks} rank(s)"] = counts | {"same_end": same(peaceful, troubled)}
     figures = {
-        "command": " ".join(["python", "scripts/soak.py", *sys.argv[1:]]),
         "settings": asdict(config),
-        "commit": commit(),
-        "device": f"CPU, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "minutes": round((time.monotonic() - begun) / 60, 1),
         "results": results,
     }
     print(json.dumps(figures, indent=1))
     if config.json:
-        replace_text(Path(config.json), json.dumps(figures, indent=1) + "\n")
+        evidence.store(Path(config.json), figures)
     if not all(result["same_end"] for result in results.values()):
         raise ValueError(f"a killed run did not end as the one in peace: compare the runs in {out}")
 

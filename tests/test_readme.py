@@ -22,11 +22,11 @@ def commands(section: str) -> list[list[str]]:
 
 
 def test_every_command_is_in_a_section_known_here():
-    known = {"Two commands", "Train on ImageNet", "Train on your own images", "Sample from released weights"}
+    known = {"Three commands", "Train on ImageNet", "Train on your own images", "Sample from released weights"}
     assert {name for name in SECTIONS if "```bash" in SECTIONS[name]} == known
     makefile = (ROOT / "Makefile").read_text()
-    assert [words[:1] for words in commands("Two commands")] == [["make"], ["make"]]
-    assert all(f"\n{words[1]}:" in makefile for words in commands("Two commands"))
+    assert [words[:1] for words in commands("Three commands")] == 3 * [["make"]]
+    assert all(f"\n{words[1]}:" in makefile for words in commands("Three commands"))
 
 
 @pytest.mark.parametrize("section", ["Train on ImageNet", "Sample from released weights"])
@@ -36,6 +36,33 @@ def test_marked_commands_parse(section):
         name = next(word for word in words if word.endswith(".py"))
         config = CONFIGS.get(name) or script("cache_tokens").CacheConfig
         cli.parse(config, "", words[words.index(name) + 1 :])
+
+
+def test_every_variable_of_a_command_is_explained():
+    section = SECTIONS["Train on ImageNet"]
+    comments = " ".join(line for line in section.splitlines() if line.startswith("#"))
+    used = set(re.findall(r"\$(\w+)", section))
+    assert used == {"GPUS", "NODES", "HEAD", "JOB", "DATA", "RUN"}
+    assert all(re.search(rf"\b{name}\b", comments) for name in used)
+
+
+def test_no_number_of_gpus_is_assumed():
+    """Nowhere does a command or a default say how many there are."""
+    files = [path for folder in ("", "scripts", "utils", "models", "docs") for path in (ROOT / folder).glob("*.*")]
+    texts = {path: path.read_text() for path in files if path.suffix in (".py", ".sh", ".md")}
+    assert len(texts) > 30
+    assert not [path for path, text in texts.items() if re.search(r"nproc_per_node=\d|nnodes=\d|\b(8|eight) (GPU|A100)", text)]
+
+
+def test_the_commands_of_the_training_page_parse():
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.S))
+    configs = {"cache_tokens.py": "CacheConfig", "export_checkpoint.py": "ExportConfig", "plot_run.py": "PlotConfig"}
+    lines = [shlex.split(line) for line in blocks.splitlines()]
+    assert len(lines) == 3
+    for words in lines:
+        name = next(word for word in words if word.endswith(".py")).removeprefix("scripts/")
+        config = getattr(script(name.removesuffix(".py")), configs[name])
+        cli.parse(config, "", words[words.index(f"scripts/{name}") + 1 :])
 
 
 def test_the_commands_for_own_images_run(tmp_path):
