@@ -108,6 +108,8 @@ def replicated(transformer: ScaleTransformer, static_graph: bool, unused_paramet
 
     static_graph: every step runs the same operations. unused_parameters: some steps leave out some, which is searched for.
     """
+    # the name that newer versions want does not exist in the oldest one that we take
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     return DistributedDataParallel(
         transformer,
         broadcast_buffers=False,  # they are constants
@@ -154,7 +156,7 @@ def gradient_exchange(model: nn.Module, now: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_outside_forward(model: nn.Module) -> Iterator[None]:
-    """Lets methods other than forward be called: sharded parameters that belong to no block are gathered meanwhile."""
+    """Lets methods other than forward be called, once forward has been: sharded parameters of no block are gathered meanwhile."""
     if isinstance(model, FSDPModule):
         model.unshard()
     try:

@@ -7,6 +7,7 @@ from utils.optim import (
     learning_rate_factor,
     parameter_groups,
     progressive_stage,
+    scale_groups,
     weight_decay,
 )
 
@@ -89,3 +90,26 @@ def test_progressive_training_adds_scales_one_by_one_and_fades_each_in():
     assert weights[-1] == 1.0
     assert stages[0][1] == 1.0
     assert stages[counts.index(10)][1] == 1.0  # as released, the last scale is not faded in
+
+
+@pytest.mark.parametrize(
+    ("mode", "num_scales", "large", "expected"),
+    [
+        ("together", 10, (8, 9), [range(10)]),
+        ("each", 10, (8, 9), [range(9, 10), range(8, 9), range(8)]),
+        ("each", 9, (8, 9), [range(8, 9), range(8)]),  # progressive training has not come to the last scale yet
+        ("each", 4, (8, 9), [range(4)]),
+        ("each", 4, (0, 1, 2, 3), [range(3, 4), range(2, 3), range(2)]),
+        ("each", 2, (), [range(2)]),
+    ],
+)
+def test_groups_of_scales_that_are_trained_in_one_step(mode, num_scales, large, expected):
+    groups = scale_groups(mode, num_scales, large, step=0)
+    assert groups == expected
+    assert sorted(k for group in groups for k in group) == list(range(num_scales))
+
+
+def test_drawn_groups_come_eight_to_one_to_one():
+    drawn = [scale_groups("drawn", 10, (8, 9), step) for step in range(20)]
+    assert all(len(groups) == 1 for groups in drawn)
+    assert [drawn.count([group]) for group in (range(8), range(8, 9), range(9, 10))] == [16, 2, 2]

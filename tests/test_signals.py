@@ -1,0 +1,41 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from commands import ROOT
+
+from utils.signals import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_remembered(number):
+    usual = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.number == 0
+        os.kill(os.getpid(), number)
+        assert stop.number == number
+    assert signal.getsignal(number) == usual
+
+
+def test_the_second_signal_acts_as_usual():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert stop.number == signal.SIGTERM
+
+
+def test_helpers_ignore_the_first_signal_and_obey_the_second():
+    code = (
+        "import time; from utils.signals import ignore_the_first; ignore_the_first(); print('on', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == -signal.SIGTERM
