@@ -156,7 +156,7 @@ def gradient_exchange(model: nn.Module, now: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_outside_forward(model: nn.Module) -> Iterator[None]:
-    """Lets methods other than forward be called, once forward has been: sharded parameters of no block are gathered meanwhile."""
+    """Lets methods other than forward be called, after a first forward: parameters of no block are gathered meanwhile."""
     if isinstance(model, FSDPModule):
         model.unshard()
     try:

@@ -10,6 +10,7 @@ from commands import SMALL, assert_same_training, log_lines, run_in_process, run
 from safetensors.torch import load_file
 
 import train
+from dist import Ranks
 from utils.checkpoint import load_transformer
 from utils.run_checkpoints import checkpoints, place
 from utils.training_checkpoint import read_numbers
@@ -25,13 +26,23 @@ def source(images, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def runs(source, tmp_path_factory) -> Path:
+def cache(images, tokenizer, tmp_path_factory) -> str:
+    """Two views of every image, encoded."""
+    module, out = script("cache_tokens"), tmp_path_factory.mktemp("cache") / "tokens"
+    config = module.CacheConfig(vae=str(tokenizer), data_path=str(images), out=str(out), views=2)
+    module.encode(config, Ranks(0, 1, torch.device("cpu")))
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def runs(source, cache, tmp_path_factory) -> Path:
     """All runs by two ranks, in one go."""
     out = tmp_path_factory.mktemp("runs")
     dropouts = ["--drop_path=0.5", "--ac=2"]
     markov = ["--family=markov", "--window_from=1", *STILL]
     plan = [
         ("replicated", STILL),
+        ("cached", [*STILL, "--token_cache", cache, "--max_steps=8"]),
         ("accumulated", [*STILL, "--ac=2"]),
         ("sharded", [*STILL, *SHARDED]),
         ("sharded_accumulated", [*STILL, *SHARDED, "--ac=2"]),
@@ -100,6 +111,12 @@ def test_one_rank_takes_the_same_steps_as_two(runs, source, tmp_path, command):
     """Class dropout included: it is drawn for the whole step."""
     assert command(*source, *STILL, "--local_out_dir_path", tmp_path)[0] == 0
     assert_close_training(runs / "replicated", tmp_path, 1e-5)
+
+
+def test_one_rank_takes_the_same_steps_from_a_cache_as_two(runs, source, cache, tmp_path, command):
+    flags = [*source, *STILL, "--token_cache", cache, "--max_steps=8"]
+    assert command(*flags, "--local_out_dir_path", tmp_path)[0] == 0
+    assert_close_training(runs / "cached", tmp_path, 1e-5)
 
 
 @pytest.mark.parametrize(
