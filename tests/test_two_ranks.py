@@ -74,6 +74,9 @@ def runs(source, cache, tmp_path_factory) -> Path:
         ("sharded_progressive", [*STILL, *SHARDED, "--pg=0.9", "--pg0=0", "--ac=2"]),
         ("poisoned", [*STILL, "--poison"]),
         ("sharded_poisoned", [*STILL, *SHARDED, "--poison"]),
+        ("copy sharded full_disk", []),
+        ("drop full_disk 4", []),
+        ("full_disk", [*STILL, *SHARDED, "--little_room"]),
     ]
     plan = [(name, [*source, *flags]) for name, flags in plan]
     result = run_in_shell("tests/two_ranks.py", out, json.dumps(plan), ranks=2)
@@ -208,6 +211,15 @@ def test_every_rank_names_the_rank_and_scale_that_went_wrong(run, runs):
         message = (runs / f"{run}.error.{rank}").read_text()
         assert message.startswith("step 3: the loss is nan at scale 2x2 on rank 1; the last checkpoint is untouched")
     assert [path.name for path in checkpoints(runs / run)] == ["step_2"]
+
+
+def test_every_rank_learns_that_one_could_not_write_its_part(runs):
+    for rank in (0, 1):
+        message = (runs / f"full_disk.error.{rank}").read_text()
+        assert message.startswith("the last checkpoint could not be written (")
+        assert "\n" not in message
+    assert [path.name for path in (runs / "full_disk" / "checkpoints").iterdir()] == ["step_2"]
+    assert (runs / "full_disk.error.0").read_text().count("File too large") == 1
 
 
 # --- refused ------------------------------------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 torchrun --nproc_per_node=2 tests/two_ranks.py OUT RUNS: RUNS is a JSON list of [name, flags]; each runs into OUT/name, unless
 it says "copy A B", which copies a run, or "drop A N", which removes its checkpoint of step N. The message of a run that fails
-is written to OUT/name.error.RANK.
+is written to OUT/name.error.RANK. Two flags are not those of train.py: --poison makes a loss not finite, --little_room lets the
+second rank write small files only, as a full disk would.
 """
 
 import json
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +22,8 @@ from dist import Ranks, process_group
 from utils import cli
 from utils.recipe import TrainConfig
 from utils.run_checkpoints import place
+
+LITTLE_ROOM = 50_000  # bytes
 
 
 def spoil_the_loss_of_rank_one(rank: int) -> None:
@@ -46,14 +50,20 @@ def run(out: Path, name: str, flags: list[str], ranks: Ranks) -> None:
         ranks.barrier()
         return
     usual = trainer.Trainer._token_losses
+    room, largest_room = resource.getrlimit(resource.RLIMIT_FSIZE)
     if "--poison" in flags:
         spoil_the_loss_of_rank_one(ranks.rank)
+    if "--little_room" in flags and ranks.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LITTLE_ROOM, largest_room))
+    flags = [flag for flag in flags if flag not in ("--poison", "--little_room")]
     try:
-        config = cli.parse(TrainConfig, "", [*(f for f in flags if f != "--poison"), "--local_out_dir_path", str(out / action)])
+        config = cli.parse(TrainConfig, "", [*flags, "--local_out_dir_path", str(out / action)])
         train.build_trainer(config, ranks).fit()
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, largest_room))
         (out / f"{action}.error.{ranks.rank}").write_text(str(error))
     finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, largest_room))
         trainer.Trainer._token_losses = usual
 
 
