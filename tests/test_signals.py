@@ -7,6 +7,7 @@ import time
 import pytest
 from commands import ROOT
 
+from utils import signals
 from utils.signals import StopRequest
 
 
@@ -20,9 +21,19 @@ def test_the_first_signal_is_remembered(number):
     assert signal.getsignal(number) == usual
 
 
-def test_the_second_signal_acts_as_usual():
+def test_a_repeated_signal_is_the_same_request():
+    """torchrun passes on to its ranks what Ctrl-C or a scheduler has sent to all of them."""
+    with StopRequest() as stop:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+    assert stop.number == signal.SIGINT
+
+
+def test_a_later_signal_acts_as_usual(monkeypatch):
+    monkeypatch.setattr(signals, "REPEATED_WITHIN", 0.05)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert stop.number == signal.SIGTERM

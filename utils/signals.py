@@ -1,16 +1,22 @@
 """A request to stop (SIGTERM from a scheduler or torchrun, SIGINT from Ctrl-C) that waits for a good moment."""
 
+import os
 import signal
+import time
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Seconds within which a signal is the same request again: torchrun passes on what the terminal or the scheduler has sent to
+# everyone already.
+REPEATED_WITHIN = 5.0
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT is remembered in `number` (0 until then); the second acts as usual."""
+    """While entered, the first SIGTERM or SIGINT is remembered in `number` (0 until then); a later one acts as usual."""
 
     def __init__(self):
         self.number = 0
+        self._since = 0.0
         self._usual: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -22,9 +28,11 @@ class StopRequest:
             signal.signal(number, usual)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        for other, usual in self._usual.items():
-            signal.signal(other, usual)
+        if not self.number:
+            self.number, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > REPEATED_WITHIN:
+            self.__exit__(None, None, None)
+            os.kill(os.getpid(), number)
 
 
 def ignore_the_first() -> None:
