@@ -14,7 +14,8 @@ from dist import Ranks, process_group
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
-from trainer import Trainer, with_seed
+from resume import with_seed
+from trainer import Trainer
 from utils import cli, data
 from utils.checkpoint import load_fitting_tokenizer, load_tokenizer_for
 from utils.data import Images, TrainOrder

@@ -12,7 +12,7 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -26,16 +26,16 @@ from dist import Ranks, gradient_exchange, replicated, shard_, whole_outside_for
 from models.generate import generate
 from models.ssm import choose_scan
 from models.tokenizer import VQVAE
-from models.transformer import ScaleTransformer, TransformerConfig, recompute_blocks
+from models.transformer import ScaleTransformer, recompute_blocks
+from resume import agreed_checkpoint, check_same_model
 from utils import plots
-from utils.checkpoint import Description, load_description, read_model_config
+from utils.checkpoint import Description, load_description
 from utils.data import TrainOrder
 from utils.files import replace_text
 from utils.flops import peak_flops, training_flops
 from utils.log import RunLog
 from utils.optim import build_adamw, learning_rate_factor, progressive_stage, scale_groups, set_rates, weight_decay
 from utils.recipe import TrainConfig
-from utils.run_checkpoints import choose_intact, latest_checkpoint, place, step_of
 from utils.signals import StopRequest
 from utils.tally import Tally
 from utils.token_cache import check_classes
@@ -242,7 +242,7 @@ class Trainer:
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         if is_finite:
-            self._update_ema()
+            state.update_average(config.ema)
         return grad_norm
 
     def _explain(self, tally: Tally) -> str:
@@ -264,13 +264,6 @@ class Trainer:
             f"step {state.step + 1}: {what}{scaling}{in_a_row}; the last checkpoint is untouched: "
             f"lower --tblr{' or use --fp16=0' if self.config.fp16 else ''}"
         )
-
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        averaged, current = self.state.ema, named(self.state.transformer)
-        if averaged:
-            decay = min(self.config.ema, (1 + self.state.step) / (10 + self.state.step))
-            torch._foreach_lerp_(list(averaged.values()), [current[name] for name in averaged], 1 - decay)
 
     # --- evaluation -----------------------------------------------------------------------------------------------------
 
@@ -316,41 +309,23 @@ class Trainer:
         state.validation_due = False
         return figures
 
-    @torch.no_grad()
     def _draw_samples(self) -> Image.Image:
-        """A sample of each of the first classes, the same random numbers at every validation, by the averaged weights."""
-        transformer, names = self.state.transformer.eval(), self.data.class_names
-        labels = torch.arange(min(self.config.val_samples, len(names)), device=self.ranks.device)
+        """A sample of each of the first classes by the averaged weights, from the same random numbers at every validation."""
+        transformer, names = self.state.transformer.eval(), self.data.class_names[: self.config.val_samples]
         generator = torch.Generator(self.ranks.device).manual_seed(0)
-        with self._averaged_weights(), whole_outside_forward(transformer), self._autocast():
+        with self.state.averaged_weights(), whole_outside_forward(transformer), self._autocast():
+            labels = torch.arange(len(names), device=self.ranks.device)
             images = generate(transformer, self.tokenizer, labels, generator=generator).images
         transformer.train()
-        return plots.grid(list(plots.to_uint8(images)[:, None]), [names[label] for label in labels])
+        return plots.grid(list(plots.to_uint8(images)[:, None]), names)
 
-    @torch.no_grad()
     def _draw_reconstructions(self) -> Image.Image:
-        """The first held-out images, where there are pixels, above what their tokens decode to."""
+        """The first held-out images, where there are pixels, below what their tokens decode to."""
         images, _ = next(self.data.val_batches(SHOWN_IMAGES, 0, 1))
-        decoded = self.tokenizer.decode(self._indices(images))
-        rows = {"decoded": decoded, **({"original": images} if images.is_floating_point() else {})}
+        rows = {"decoded": self.tokenizer.decode(self._indices(images))}
+        if images.is_floating_point():
+            rows["original"] = images
         return plots.grid([plots.to_uint8((row + 1) / 2) for row in rows.values()], list(rows))
-
-    @contextlib.contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """The model computes with its averaged weights inside; they change places tensor by tensor, in the same memory."""
-
-        def change_places() -> None:
-            current = named(self.state.transformer)
-            for name, averaged in self.state.ema.items():
-                kept = current[name].clone()
-                current[name].copy_(averaged)
-                averaged.copy_(kept)
-
-        change_places()
-        try:
-            yield
-        finally:
-            change_places()
 
     # --- the loop -------------------------------------------------------------------------------------------------------
 
@@ -466,20 +441,15 @@ class Trainer:
 
     def _resume(self) -> list[str]:
         """Take up the newest undamaged checkpoint of the run, if there is one; returns what is to be told about it."""
-        step, notes = -1, []
-        if self.ranks.is_main:
-            checkpoint, notes = choose_intact(self.run)
-            step = -1 if checkpoint is None else step_of(checkpoint)
-        step = int(self.ranks.from_main(step))
-        if step < 0:
+        checkpoint, notes = agreed_checkpoint(self.run, self.ranks)
+        if checkpoint is None:
             return notes
-        checkpoint = place(self.run, step)
         check_same_model(checkpoint, self.state.transformer.config)
         check_classes(load_description(checkpoint).class_names, self.data.class_names, checkpoint, "the data given")
         numbers = read_numbers(checkpoint)
         restore_(self.state.tensors(), checkpoint)
         self.state.set_numbers(numbers)
-        self.saved_step = step
+        self.saved_step = self.state.step
         if numbers["ranks"] != self.ranks.world:
             notes.append(
                 f"the run so far had {numbers['ranks']} rank(s), now {self.ranks.world}: same batches, other draws of drop-path"
@@ -502,32 +472,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def check_same_model(checkpoint: Path, config: TransformerConfig) -> None:
-    """ValueError unless the checkpoint holds a model of this shape."""
-    saved = read_model_config(checkpoint, "transformer")
-    for field in fields(config):
-        ours, theirs = getattr(config, field.name), getattr(saved, field.name)
-        if ours != theirs and field.name != "drop_path":
-            raise ValueError(
-                f"{checkpoint}: a run with {field.name} {_short(theirs)} is there, this command asks for {_short(ours)}: "
-                f"use its flags to resume, or another --local_out_dir_path"
-            )
-
-
-def _short(value: object) -> str:
-    """A readable form of a field: ('mvar', 'mvar') -> 2 x mvar."""
-    if isinstance(value, tuple) and value and isinstance(value[0], str):
-        return " + ".join(f"{value.count(kind)} x {kind}" for kind in dict.fromkeys(value))
-    return str(value)
-
-
-def with_seed(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """The configuration with a seed: the one given, that of the run being resumed, or a fresh one, the same on all ranks."""
-    if config.seed is not None:
-        return config
-    saved = Path(config.local_out_dir_path) / "config.json"
-    if saved.exists() and latest_checkpoint(saved.parent):
-        return replace(config, seed=json.loads(saved.read_text())["training"]["seed"])
-    return replace(config, seed=int(ranks.from_main(np.random.SeedSequence().entropy % 2**31)))

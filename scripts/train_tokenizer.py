@@ -19,12 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist import Ranks, process_group
 from models.tokenizer import TOKENIZER_PRESETS, VQVAE
+from resume import agreed_checkpoint
 from utils import cli, data
 from utils.checkpoint import Description, read_model_config
 from utils.cli import flag, required
 from utils.log import RunLog
 from utils.optim import learning_rate_factor
-from utils.run_checkpoints import choose_intact, place, step_of
 from utils.signals import StopRequest
 from utils.train_state import flattened, named, optimizer_tensors
 from utils.training_checkpoint import read_numbers, restore_, save_checkpoint
@@ -209,14 +209,9 @@ class TokenizerTrainer:
 
     def _resume(self) -> list[str]:
         """Take up the newest undamaged checkpoint of the run, if there is one; returns what is to be told about it."""
-        step, notes = -1, []
-        if self.ranks.is_main:
-            checkpoint, notes = choose_intact(self.run)
-            step = -1 if checkpoint is None else step_of(checkpoint)
-        step = int(self.ranks.from_main(step))
-        if step < 0:
+        checkpoint, notes = agreed_checkpoint(self.run, self.ranks)
+        if checkpoint is None:
             return notes
-        checkpoint = place(self.run, step)
         if read_model_config(checkpoint, "tokenizer") != self.tokenizer.config:
             raise ValueError(
                 f"{checkpoint}: a tokenizer of other sizes is there: resume with its --preset, or use another --out"

@@ -218,7 +218,7 @@ def test_averaged_weights_change_places_and_come_back(images, tokenizer, tmp_pat
     weight, average = trainer.state.transformer.head.weight, trainer.state.ema["head.weight"]
     average.add_(1)
     before = weight.detach().clone(), average.clone()
-    with trainer._averaged_weights():
+    with trainer.state.averaged_weights():
         assert torch.equal(weight, before[1])
     assert torch.equal(weight, before[0])
     assert torch.equal(average, before[1])

@@ -1,5 +1,7 @@
 """Everything that advances during training, and all of it as named tensors and numbers for a checkpoint."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +32,31 @@ class TrainState:
         """The tensors themselves, not copies: "model.NAME", "ema.NAME", "optimizer.NAME.KEY"; writing to them restores all."""
         moments = optimizer_tensors(self.transformer, self.optimizer)
         return flattened({"model": named(self.transformer), "ema": self.ema, "optimizer": moments})
+
+    @torch.no_grad()
+    def update_average(self, decay: float) -> None:
+        """Move the averaged weights, where there are any, towards the weights; the decay is ramped up over the first steps."""
+        current = named(self.transformer)
+        if self.ema:
+            decay = min(decay, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(list(self.ema.values()), [current[name] for name in self.ema], 1 - decay)
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the transformer computes with its averaged weights: they change places one by one, in the same memory."""
+        self._change_places()
+        try:
+            yield
+        finally:
+            self._change_places()
+
+    @torch.no_grad()
+    def _change_places(self) -> None:
+        current = named(self.transformer)
+        for name, averaged in self.ema.items():
+            kept = current[name].clone()
+            current[name].copy_(averaged)
+            averaged.copy_(kept)
 
     def numbers(self) -> dict:
         """The rest, as train_state.json holds it."""

@@ -1,0 +1,52 @@
+"""What a run takes up again: the checkpoint that all ranks agree on, whether it fits, and the seed."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from dist import Ranks
+from models.transformer import TransformerConfig
+from utils.checkpoint import read_model_config
+from utils.recipe import TrainConfig
+from utils.run_checkpoints import choose_intact, latest_checkpoint, place, step_of
+
+
+def agreed_checkpoint(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint of a run, the same on all ranks, and on the main rank what is to be told about others."""
+    step, notes = -1, []
+    if ranks.is_main:
+        checkpoint, notes = choose_intact(run)
+        step = -1 if checkpoint is None else step_of(checkpoint)
+    step = int(ranks.from_main(step))
+    return (None if step < 0 else place(run, step)), notes
+
+
+def check_same_model(checkpoint: Path, config: TransformerConfig) -> None:
+    """ValueError unless the checkpoint holds a model of this shape."""
+    saved = read_model_config(checkpoint, "transformer")
+    for field in fields(config):
+        ours, theirs = getattr(config, field.name), getattr(saved, field.name)
+        if ours != theirs and field.name != "drop_path":
+            raise ValueError(
+                f"{checkpoint}: a run with {field.name} {_short(theirs)} is there, this command asks for {_short(ours)}: "
+                f"use its flags to resume, or another --local_out_dir_path"
+            )
+
+
+def _short(value: object) -> str:
+    """A readable form of a field: ('mvar', 'mvar') -> 2 x mvar."""
+    if isinstance(value, tuple) and value and isinstance(value[0], str):
+        return " + ".join(f"{value.count(kind)} x {kind}" for kind in dict.fromkeys(value))
+    return str(value)
+
+
+def with_seed(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """The configuration with a seed: the one given, that of the run being resumed, or a fresh one, the same on all ranks."""
+    if config.seed is not None:
+        return config
+    saved = Path(config.local_out_dir_path) / "config.json"
+    if saved.exists() and latest_checkpoint(saved.parent):
+        return replace(config, seed=json.loads(saved.read_text())["training"]["seed"])
+    return replace(config, seed=int(ranks.from_main(np.random.SeedSequence().entropy % 2**31)))
