@@ -6,6 +6,8 @@ CPUs, so that they never wait for a GPU.
 
 import contextlib
 import os
+import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,6 +68,14 @@ class Ranks:
         torch_dist.broadcast(shared, src=0)
         return shared.item()
 
+    def numbers_from_main(self, values: list[int]) -> list[int]:
+        """Rank 0's list on every rank."""
+        length = int(self.from_main(len(values)))
+        shared = torch.tensor(values if self.is_main else [0] * length, dtype=torch.int64)
+        if self.world > 1:
+            torch_dist.broadcast(shared, src=0)
+        return shared.tolist()
+
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         self.largest(0)
@@ -87,17 +97,47 @@ def process_group() -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, device)
         return
-    torch_dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    rank = torch_dist.get_rank()
+    store, rank = _meet()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    # After an error on this rank alone the group is left as it is: taking it down could wait for the others for ever.
     try:
         yield Ranks(rank, world, device)
+    except SystemExit:
+        torch_dist.destroy_process_group()
+        raise
     except RuntimeError as error:
         if not isinstance(error, torch_dist.DistError) and "gloo" not in str(error):
             raise
         reason = str(error).strip().splitlines()[0][:120]
         raise ConnectionError(f"lost the other ranks ({reason}); what they say tells why; the same command resumes") from error
-    finally:
-        torch_dist.destroy_process_group()
+    torch_dist.destroy_process_group()
+
+
+def _meet() -> tuple[torch_dist.Store, int]:
+    """A store that only those ranks share which have just been started together, and the number of this one.
+
+    torchrun keeps its store when it restarts all ranks, so new ranks could read the addresses of dead ones there and wait for
+    them (pytorch issue 135712). Here rank 0 draws a prefix and hands it to each of the others under a word that this one has
+    just drawn, until it is thanked for it: whoever is dead does not answer.
+    """
+    store, rank, world = next(torch_dist.rendezvous("env://"))
+    drawn = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"here/{rank}", drawn)
+        prefix = store.get(f"prefix/{drawn}").decode()  # waits for it
+        store.set(f"thanks/{drawn}/{prefix}", "")
+        return torch_dist.PrefixStore(prefix, store), rank
+    missing = set(range(1, world))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"here/{other}"]):
+                word = store.get(f"here/{other}").decode()
+                store.set(f"prefix/{word}", drawn)
+                if store.check([f"thanks/{word}/{drawn}"]):
+                    missing.remove(other)
+        time.sleep(0.01)
+    return torch_dist.PrefixStore(drawn, store), rank
 
 
 # --- spreading a model over the ranks -----------------------------------------------------------------------------------
@@ -143,11 +183,11 @@ def shard_(transformer: ScaleTransformer, ranks: Ranks, compute_dtype: torch.dty
 
 @contextlib.contextmanager
 def gradient_exchange(model: nn.Module, now: bool) -> Iterator[None]:
-    """Ranks average their gradients in backward passes inside, or keep them to themselves until a later one."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
-        yield
-    elif isinstance(model, DistributedDataParallel) and not now:
+    """Replicas average their gradients in backward passes inside, or keep them to themselves until a later one.
+
+    Sharded models always do: gradients that are kept are those of the whole model on every rank.
+    """
+    if isinstance(model, DistributedDataParallel) and not now:
         with model.no_sync():
             yield
     else:

@@ -10,7 +10,7 @@ from dist import Ranks
 from models.transformer import TransformerConfig
 from utils.checkpoint import read_model_config
 from utils.recipe import TrainConfig
-from utils.run_checkpoints import choose_intact, latest_checkpoint, place, step_of
+from utils.run_checkpoints import checkpoint_path, choose_intact, latest_checkpoint, step_of
 
 
 def agreed_checkpoint(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
@@ -20,7 +20,7 @@ def agreed_checkpoint(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
         checkpoint, notes = choose_intact(run)
         step = -1 if checkpoint is None else step_of(checkpoint)
     step = int(ranks.from_main(step))
-    return (None if step < 0 else place(run, step)), notes
+    return (None if step < 0 else checkpoint_path(run, step)), notes
 
 
 def check_same_model(checkpoint: Path, config: TransformerConfig) -> None:
@@ -46,7 +46,28 @@ def with_seed(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """The configuration with a seed: the one given, that of the run being resumed, or a fresh one, the same on all ranks."""
     if config.seed is not None:
         return config
+    seed = int(np.random.SeedSequence().entropy % 2**31)
     saved = Path(config.local_out_dir_path) / "config.json"
-    if saved.exists() and latest_checkpoint(saved.parent):
-        return replace(config, seed=json.loads(saved.read_text())["training"]["seed"])
-    return replace(config, seed=int(ranks.from_main(np.random.SeedSequence().entropy % 2**31)))
+    if ranks.is_main and saved.exists() and latest_checkpoint(saved.parent):
+        seed = json.loads(saved.read_text())["training"]["seed"]
+    return replace(config, seed=int(ranks.from_main(seed)))
+
+
+def changes(before: dict, now: dict, checkpoint: Path) -> list[str]:
+    """What is to be told about a run that goes on under other circumstances; both as the trainer's `circumstances`.
+
+    ValueError where its tokens would mean something else.
+    """
+    if before["tokenizer"] != now["tokenizer"]:
+        raise ValueError(
+            f"{checkpoint}: trained on tokens of a tokenizer with hash {before['tokenizer'][:12]}, the one given has "
+            f"{now['tokenizer'][:12]}: give that one, or another --local_out_dir_path"
+        )
+    notes = []
+    for name, title in (("seed", "seed"), ("batch", "batch size"), ("images", "number of images")):
+        if before[name] != now[name]:
+            notes.append(f"the run so far had {title} {before[name]}, now {now[name]}: from here on other batches")
+    if before["ranks"] != now["ranks"]:
+        same = "same batches, other draws of drop-path" if not notes else "other draws of drop-path"
+        notes.append(f"the run so far had {before['ranks']} rank(s), now {now['ranks']}: {same}")
+    return notes

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from models.generate import Generation, draw_labels, generate
-from models.ssm import SCANS, choose_scan
+from models.ssm import SCANS, choose_scan_
 from models.tokenizer import VQVAE
 from models.transformer import FAMILIES, ScaleTransformer
 from utils import cli, plots
@@ -151,7 +151,7 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("sample.py does not share out its images over ranks yet: run it without torchrun")
     transformer = load_transformer(config.ckpt, config.family or None, config.ema)
-    choose_scan(transformer, config.scan_backend)
+    choose_scan_(transformer, config.scan_backend)
     description = load_description(config.ckpt)
     source = config.vae or (description.tokenizer if description else None)
     if not source:

@@ -35,7 +35,8 @@ class FolderData:
         height, width = tokenizer.config.image_shape
         if height != width:
             raise ValueError(f"pyramid {tokenizer.pyramid}: training from folders needs square images")
-        self.class_names, self.size, self.workers = train.class_names, len(train.paths), config.workers
+        self.class_names, self.size, self.val_size = train.class_names, len(train.paths), len(val.paths)
+        self.workers = config.workers
         self.train = Images(train, height, config.mid_reso, augment=True, flip=config.hflip, seed=config.seed)
         self.val = Images(val, height, config.mid_reso)
 
@@ -59,7 +60,7 @@ class CachedData:
             )
         check_cache(manifest, tokenizer, config.token_cache)
         self.class_names, self.views = manifest.class_names, manifest.views
-        self.size = len(self.train) // self.views
+        self.size, self.val_size = len(self.train) // self.views, len(self.val)
 
     def verify(self) -> None:
         """ValueError where a file of the cache is not what was written; reading all of it also brings it into memory."""

@@ -1,5 +1,7 @@
 """Training of the transformer: one step, evaluation, and the loop around them with its saving, resuming and stopping.
 
+One class on purpose, longer than other files here: it is the place where everything that a run does stands in its order.
+
 The recipe is VAR's (arXiv 2404.02905, appendix, and the released trainers of VAR and M-VAR): AdamW, mean cross-entropy over
 all tokens, class dropout for guidance, fp16 with loss scaling. Random numbers are functions of (seed, step, rank), so a
 checkpoint needs no generator state and a resumed run is the uninterrupted one.
@@ -24,21 +26,21 @@ from torch import Tensor
 
 from dist import Ranks, gradient_exchange, replicated, shard_, whole_outside_forward
 from models.generate import generate
-from models.ssm import choose_scan
+from models.ssm import choose_scan_
 from models.tokenizer import VQVAE
-from models.transformer import ScaleTransformer, recompute_blocks
-from resume import agreed_checkpoint, check_same_model
+from models.transformer import ScaleTransformer, recompute_blocks_
+from resume import agreed_checkpoint, changes, check_same_model
 from utils import plots
 from utils.checkpoint import Description, load_description
 from utils.data import TrainOrder
-from utils.files import replace_text
+from utils.files import locked, replace_text
 from utils.flops import peak_flops, training_flops
 from utils.log import RunLog
-from utils.optim import build_adamw, learning_rate_factor, progressive_stage, scale_groups, set_rates, weight_decay
+from utils.optim import build_adamw, learning_rate_factor, progressive_stage, scale_groups, set_rates_, weight_decay
 from utils.recipe import TrainConfig
 from utils.signals import StopRequest
 from utils.tally import Tally
-from utils.token_cache import check_classes
+from utils.token_cache import check_classes, fingerprint
 from utils.train_state import TrainState, named
 from utils.training_checkpoint import ShardedSaver, read_numbers, restore_, save_checkpoint
 
@@ -46,6 +48,8 @@ AUTOCAST_DTYPES = {1: torch.float16, 2: torch.bfloat16}
 INITIAL_LOSS_SCALE, LARGEST_LOSS_SCALE, LOSS_SCALE_GROWTH = 2.0**11, 2.0**15, 1000  # as released
 VALIDATION_EPOCHS = 10  # the released trainers validate and save this often
 SHOWN_IMAGES = 8  # of the held-out ones, reconstructed at each validation
+SAVE_FAILED = 1000  # above all signals, in the vote of the ranks on whether to go on
+ALL_RANKS = 1 << 31  # in the place of a rank, for random numbers that all ranks draw alike
 
 
 class Data(Protocol):
@@ -53,6 +57,7 @@ class Data(Protocol):
 
     class_names: list[str]
     size: int  # training images
+    val_size: int  # held-out images
     views: int  # stored encodings of each
 
     def train_batches(self, order: TrainOrder, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]: ...
@@ -70,10 +75,10 @@ class StepResult(NamedTuple):
     num_scales: int
 
 
-def step_seed(*parts: int) -> int:
-    """What random numbers start from: (seed, step, rank) for those of one rank, (seed, step) for those of all together."""
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What the random numbers of one step start from, on one rank or on ALL_RANKS."""
     # Differs from VAR: generators are seeded at every step, not once, so that a resumed run draws the same numbers.
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint32)[0])
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint32)[0])
 
 
 class Trainer:
@@ -98,7 +103,7 @@ class Trainer:
         self.save_every = config.save_every or steps_per_epoch
         self.large_scales = transformer.config.windowed_scales("markov")
 
-        choose_scan(transformer, config.scan_backend)
+        choose_scan_(transformer, config.scan_backend)
         self.model = self._spread(transformer.to(ranks.device).train())
         self.sharded = ShardedSaver(ranks.is_main, ranks.barrier) if config.parallel == "fsdp" else None
         self.state = TrainState(
@@ -113,6 +118,7 @@ class Trainer:
         )
         if config.ema > 0:
             self.state.ema = {name: weight.clone() for name, weight in named(transformer).items()}
+        self.tokenizer_hash = fingerprint(self.tokenizer)
         self.saved_step = 0  # the newest checkpoint's
         peak = config.peak_tflops * 1e12 or peak_flops(torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu")
         # the share of the peak that one image a second takes
@@ -122,7 +128,7 @@ class Trainer:
         """The transformer as the ranks train it together."""
         config, ranks = self.config, self.ranks
         if config.recompute:
-            recompute_blocks(transformer)
+            recompute_blocks_(transformer)
         if config.parallel == "fsdp":
             shard_(transformer, ranks, AUTOCAST_DTYPES.get(config.fp16))
         if config.tfast:
@@ -150,7 +156,7 @@ class Trainer:
     def _drop_classes(self, labels: Tensor, micro_batch: int) -> Tensor:
         """Labels (B,), some replaced by "no class". Drawn for the whole step, so that the number of ranks does not matter."""
         config, ranks = self.config, self.ranks
-        generator = torch.Generator().manual_seed(step_seed(config.seed, self.state.step))
+        generator = torch.Generator().manual_seed(step_seed(config.seed, self.state.step, ALL_RANKS))
         dropped = torch.rand(config.bs, generator=generator) < config.class_dropout
         first = (micro_batch * ranks.world + ranks.rank) * self.rank_batch
         return labels.masked_fill(dropped[first : first + len(labels)], self.state.transformer.unconditional)
@@ -190,7 +196,7 @@ class Trainer:
             config.schedule, progress, config.warmup_share, config.wp0, config.wpe
         )
         decay = weight_decay(progress, config.twd, config.twde or config.twd)
-        set_rates(state.optimizer, learning_rate, decay)
+        set_rates_(state.optimizer, learning_rate, decay)
         num_scales, newest_weight = progressive_stage(
             progress,
             self.pyramid.num_scales,
@@ -223,25 +229,26 @@ class Trainer:
 
     def _advance(self, tally: Tally) -> Tensor:
         """Apply the gradients, or skip the step where they are not finite; returns their norm before clipping."""
-        config, state = self.config, self.state
+        config, state, ranks = self.config, self.state, self.ranks
         state.scaler.unscale_(state.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(state.transformer.parameters(), config.tclip or math.inf)
         grad_norm = grad_norm.full_tensor() if config.parallel == "fsdp" else grad_norm
-        is_finite = bool(torch.isfinite(grad_norm))
-        if not is_finite:
+        # the gradient is the same on all ranks, the loss is not
+        is_bad = ranks.largest(int(not torch.isfinite(grad_norm + tally.parts["losses"].sum())))
+        if is_bad:
             state.skipped_in_a_row += 1
             if config.fp16 != 1 or state.skipped_in_a_row >= config.max_bad_steps:
                 raise FloatingPointError(self._explain(tally))
             state.skipped_steps += 1
         else:
             state.skipped_in_a_row = 0
-        state.scaler.step(state.optimizer)  # skips by itself what is not finite
+            state.scaler.step(state.optimizer)
         state.scaler.update()
         if state.scaler.is_enabled() and state.scaler.get_scale() > LARGEST_LOSS_SCALE:
             state.scaler.update(LARGEST_LOSS_SCALE)
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        if is_finite:
+        if not is_bad:
             state.update_average(config.ema)
         return grad_norm
 
@@ -298,12 +305,12 @@ class Trainer:
         if tally is None:
             return {}
         state, metrics = self.state, tally.metrics("val_")
-        log.metrics(state.step, {"epoch": self._epoch(), **metrics})
         log.classes(state.step, *tally.by_class())
         if self.config.val_samples and (self.ranks.is_main or self.sharded is not None):  # a sharded model needs all ranks
             log.image(state.step, "samples", self._draw_samples())
         if self.ranks.is_main:
             log.image(state.step, "reconstructions", self._draw_reconstructions())
+        log.metrics(state.step, {"epoch": self._epoch(), **metrics})  # last: it says that the validation was done
         figures = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
         log.text(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
         state.validation_due = False
@@ -320,8 +327,9 @@ class Trainer:
         return plots.grid(list(plots.to_uint8(images)[:, None]), names)
 
     def _draw_reconstructions(self) -> Image.Image:
-        """The first held-out images, where there are pixels, below what their tokens decode to."""
-        images, _ = next(self.data.val_batches(SHOWN_IMAGES, 0, 1))
+        """A few held-out images, where there are pixels, below what their tokens decode to."""
+        every = max(self.data.val_size // SHOWN_IMAGES, 1)  # so that all classes are among them
+        images, _ = next(self.data.val_batches(SHOWN_IMAGES, 0, every))
         rows = {"decoded": self.tokenizer.decode(self._indices(images))}
         if images.is_floating_point():
             rows["original"] = images
@@ -334,19 +342,28 @@ class Trainer:
 
         After SIGTERM or SIGINT the step is finished and saved, and SystemExit with 128 + the signal's number ends the run.
         """
-        notes = self._resume()
-        with contextlib.closing(RunLog(self.run, self.ranks.is_main, self.state.step)) as log, StopRequest() as stop:
+        with contextlib.ExitStack() as stack:
+            if self.ranks.is_main:
+                stack.enter_context(locked(self.run))
+            notes = self._resume()
+            log = stack.enter_context(contextlib.closing(RunLog(self.run, self.ranks.is_main, self.state.step)))
+            stop = stack.enter_context(StopRequest())
             if self.ranks.is_main:
                 self._write_config()
+            if self.state.validation_due and self.ranks.largest(int(log.has_validation(self.state.step))):
+                self.state.validation_due = False  # it was done after the checkpoint had been written
             for note in [*notes, self._headline()]:
                 log.text(note)
             if self._finished():
                 log.text(
                     f"nothing left to do at step {self.state.step}: for more, give a larger --ep, --max_steps or --max_minutes"
                 )
-            final, stopped_by = self._train(log, stop)
-            if self.sharded is not None:
-                self.sharded.finish()
+            try:
+                final, stopped_by = self._train(log, stop)
+            except FloatingPointError:  # on all ranks alike
+                self._finish_saving()
+                raise
+            self._finish_saving()
             if stopped_by:
                 name = signal.Signals(stopped_by).name
                 log.text(f"stopped by {name} after step {self.state.step}, which is saved: the same command goes on from there")
@@ -366,7 +383,11 @@ class Trainer:
             if state.validation_due:
                 final = self._validate(log, stop)
                 mark_time, mark_step = time.monotonic(), state.step
-            stopped_by = ranks.largest(stop.number)
+            save_failed = self.sharded is not None and self.sharded.has_failed()
+            stopped_by = ranks.largest(SAVE_FAILED if save_failed else stop.number)
+            if stopped_by == SAVE_FAILED:
+                self._finish_saving()
+                raise OSError("another rank could not write the last checkpoint; what it says tells why")
             is_last = self._finished() or stopped_by
             if (is_last or state.step % self.save_every == 0) and state.step > self.saved_step:
                 self.save()
@@ -385,8 +406,6 @@ class Trainer:
                 share = self.progress()
                 total = round(state.step / share) if config.max_minutes else self.total_steps
                 log.progress(state.step, total, share, state.seconds, metrics)
-            if self.sharded is not None:
-                self.sharded.poll()
 
     def _headline(self) -> str:
         config, state = self.config, self.state
@@ -421,7 +440,10 @@ class Trainer:
         }
         if self.config.fp16 == 1:
             metrics |= {"loss_scale": state.scaler.get_scale(), "skipped_steps": state.skipped_steps}
-        return metrics | ({"mfu": speed * self.mfu_of_image} if self.mfu_of_image else {})
+        if self.mfu_of_image:  # of a pyramid that is trained in part, that part
+            trained = tally.parts["tokens"].count_nonzero().item() / self.pyramid.num_tokens
+            metrics["mfu"] = speed * self.mfu_of_image * trained
+        return metrics
 
     # --- saving and resuming --------------------------------------------------------------------------------------------
 
@@ -429,7 +451,7 @@ class Trainer:
         """Write a checkpoint: the main rank while the others wait; of a sharded model, all ranks in the background."""
         state, config = self.state, self.config
         description = Description("transformer", self.data.class_names, config.vae, asdict(config))
-        numbers = state.numbers() | {"ranks": self.ranks.world}
+        numbers = state.numbers() | self._circumstances()
         arguments = (self.run, state.step, state.transformer.config, description, numbers, state.tensors(), config.keep)
         self.saved_step = state.step
         if self.sharded is not None:
@@ -439,6 +461,23 @@ class Trainer:
             save_checkpoint(*arguments)
         self.ranks.barrier()
 
+    def _finish_saving(self) -> None:
+        """Wait for a checkpoint that is being written in the background; no rank leaves before it is in its place."""
+        if self.sharded is not None:
+            self.sharded.finish()
+            self.ranks.barrier()
+
+    def _circumstances(self) -> dict:
+        """What the order of the data and the meaning of the tokens depend on; kept with every checkpoint."""
+        config = self.config
+        return {
+            "ranks": self.ranks.world,
+            "seed": config.seed,
+            "batch": config.bs,
+            "images": self.data.size,
+            "tokenizer": self.tokenizer_hash,
+        }
+
     def _resume(self) -> list[str]:
         """Take up the newest undamaged checkpoint of the run, if there is one; returns what is to be told about it."""
         checkpoint, notes = agreed_checkpoint(self.run, self.ranks)
@@ -447,13 +486,10 @@ class Trainer:
         check_same_model(checkpoint, self.state.transformer.config)
         check_classes(load_description(checkpoint).class_names, self.data.class_names, checkpoint, "the data given")
         numbers = read_numbers(checkpoint)
+        notes += changes(numbers, self._circumstances(), checkpoint)
         restore_(self.state.tensors(), checkpoint)
         self.state.set_numbers(numbers)
         self.saved_step = self.state.step
-        if numbers["ranks"] != self.ranks.world:
-            notes.append(
-                f"the run so far had {numbers['ranks']} rank(s), now {self.ranks.world}: same batches, other draws of drop-path"
-            )
         return notes
 
     def _write_config(self) -> None:

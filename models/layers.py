@@ -46,7 +46,7 @@ class ModulationOffset(nn.Module):
         self.offset = nn.Parameter(torch.zeros(num_chunks * width))
 
     def forward(self, shared: Tensor) -> Tensor:
-        return shared + self.offset
+        return shared + self.offset.to(shared.dtype)
 
 
 class FeedForward(nn.Module):

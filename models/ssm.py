@@ -104,7 +104,7 @@ def mamba_ssm_scan(
 SCANS = {"torch": chunked_scan, "mamba_ssm": mamba_ssm_scan}
 
 
-def choose_scan(model: nn.Module, backend: str) -> None:
+def choose_scan_(model: nn.Module, backend: str) -> None:
     """Set how all Mamba-2 mixers of a model compute their scan. ValueError where the backend's package or a GPU is missing."""
     if backend == "mamba_ssm":
         try:
@@ -187,7 +187,7 @@ class StateSpace(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(self.heads))
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = GatedRMSNorm(inner)
-        self.scan = chunked_scan  # see choose_scan
+        self.scan = chunked_scan  # see choose_scan_
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Mamba-2's own initialisation of the step sizes, the decays, D and the norm; the convolution is the caller's."""

@@ -311,7 +311,7 @@ class ScaleTransformer(nn.Module):
         self.head.weight.mul_(head)
 
 
-def recompute_blocks(transformer: ScaleTransformer) -> None:
+def recompute_blocks_(transformer: ScaleTransformer) -> None:
     """Activation checkpointing: keep only the inputs of every block for the backward pass and compute the rest again."""
     for block in transformer.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from models.pyramid import STANDARD_SIDES
 from models.ssm import StateSpace
-from models.transformer import FAMILIES, ScaleTransformer, TransformerConfig, family_config, recompute_blocks
+from models.transformer import FAMILIES, ScaleTransformer, TransformerConfig, family_config, recompute_blocks_
 from utils import cli, evidence, token_cache
 from utils.cli import argument, flag
 
@@ -213,7 +213,7 @@ def training_pass(batch: int, config: TransformerConfig, device: torch.device, r
         inputs = torch.zeros(batch, num_tokens - config.pyramid.lengths[0], config.code_dim)
         targets = torch.zeros(batch, num_tokens, dtype=torch.long)
     if recompute:
-        recompute_blocks(transformer)
+        recompute_blocks_(transformer)
 
     def compute() -> Tensor:
         with bfloat16_autocast(device.type):

@@ -141,7 +141,9 @@ def encode(config: CacheConfig, ranks: Ranks) -> None:
     ranks.barrier()
     if ranks.is_main:
         begin(out, plan)
-    ranks.barrier()
+    # what the main rank sees missing: on a network disk others may still see less, and shards would be left to nobody
+    everything = plan.shards(*token_cache.SPLITS)
+    missing = [everything[i] for i in ranks.numbers_from_main([everything.index(shard) for shard in missing])]
 
     mine = missing[ranks.rank :: ranks.world]
     total, left, share = sum(plan.rows.values()), count_rows(missing), count_rows(mine)

@@ -1,7 +1,6 @@
 """Train on the embedded images from cached tokens by one rank and by two, with the same batches, and compare the curves.
 
-Both compute the same sums in another order, so the first losses agree to float32's last digits and the rest as far as training
-amplifies them. Drop-path is off: it is the one thing that each rank draws for itself.
+Both compute the same sums in another order, so their losses differ by the rounding of float32. Drop-path is off: it is the one thing that each rank draws for itself.
 """
 
 import json
@@ -20,7 +19,9 @@ from utils.cli import flag
 from utils.data import export_fashion_mnist
 from utils.log import read_metrics
 
-TOLERANCE = 1e-3  # nats per token
+# Nats per token: ten units in the last place of a float32 loss of 8. Training amplifies such differences where it is unstable;
+# more than this would mean other batches, dropouts or gradients.
+TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)

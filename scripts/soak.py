@@ -1,8 +1,9 @@
 """Kill a training run at random moments, again and again, and compare its end with that of a run that nobody killed.
 
 A small M-VAR trains on the embedded images, saving after every step, once in peace and once in trouble: SIGKILL, SIGTERM and
-SIGINT to one process, SIGKILL to one of two ranks or to all of them with torchrun, at moments drawn at random, many of them in
-the middle of writing a checkpoint. Weights, averaged weights, optimizer state and logged figures must be the same, bit for bit.
+SIGINT to one process, SIGKILL to one of two ranks or to all of them with torchrun, the model replicated or sharded, at moments
+drawn at random, some of them in the middle of writing a checkpoint. A signal to stop may cost no step, a kill the one or two
+that were not saved yet. In the end weights, averaged weights, optimizer state and figures must be the same, bit for bit.
 """
 
 import json
@@ -27,8 +28,9 @@ from utils.checkpoint import Description, save_model
 from utils.cli import flag
 from utils.data import export_fashion_mnist
 from utils.files import written_aside
-from utils.log import read_metrics
+from utils.log import read_entries, read_metrics
 from utils.run_checkpoints import CHECKSUMS, checkpoints, latest_checkpoint, step_of
+from utils.training_checkpoint import read_numbers
 
 CLOCK_FIELDS = ("time", "images_per_second", "memory_gb")  # of metrics.jsonl: they differ from run to run
 LONGEST_WAIT = 4.0  # seconds of training before a kill
@@ -40,14 +42,14 @@ class SoakConfig:
     """Flags of scripts/soak.py."""
 
     out: str = flag("out/soak", "directory for the runs; what an earlier soak left there is removed")
-    kills: int = flag(50, "kills in all, half of them to one process, half to two ranks")
-    steps: int = flag(1000, "steps of each run")
+    kills: int = flag(50, "kills in all: half of them to one process, a quarter each to two ranks, replicated and sharded")
+    steps: int = flag(500, "steps of each run")
     seed: int = flag(0, "of the moments and signals")
     json: str = flag("", "file for the figures, empty: none")
 
     def __post_init__(self):
-        if self.kills < 2 or self.steps < 1:
-            raise ValueError(f"--kills={self.kills}, --steps={self.steps}: give at least 2 kills and 1 step")
+        if self.kills < 4 or self.steps < 1:
+            raise ValueError(f"--kills={self.kills}, --steps={self.steps}: give at least 4 kills and 1 step")
 
 
 def prepare(out: Path) -> list[str]:
@@ -92,8 +94,8 @@ def children(pid: int) -> list[int]:
         return []
 
 
-def trouble(flags: list[str], run: Path, ranks: int, kills: int, draw: random.Random) -> dict[str, int]:
-    """Start the run and kill it, `kills` times; ValueError where a kill costs more than it may."""
+def trouble(flags: list[str], run: Path, ranks: int, kills: int, most_lost: int, draw: random.Random) -> dict[str, int]:
+    """Start the run and kill it, `kills` times; ValueError where a kill costs more than `most_lost` steps."""
     counts = {"kills": 0, "while_saving": 0, "steps_lost": 0}
     saved = 0
     output = run.with_suffix(".output")
@@ -113,27 +115,30 @@ def trouble(flags: list[str], run: Path, ranks: int, kills: int, draw: random.Ra
             workers = children(process.pid)
             victims = [draw.choice(workers)] if draw.random() < 0.5 else [process.pid, *workers]
         counts["while_saving"] += any((run / "checkpoints").glob(".step_*.writing"))
-        reached = len(read_lines(run))
         for victim in victims:
             os.kill(victim, number)
         process.wait(120)
+        reached = len(logged_steps(run))
         counts["kills"] += 1
         name = f"{signal.Signals(number).name} to {'one of two ranks' if len(victims) < ranks else 'all'}"
         counts[name] = counts.get(name, 0) + 1
         newest = latest_checkpoint(run)
         step = 0 if newest is None else step_of(newest)
-        if step < saved or len(checkpoints(run)) > KEEP + 1:
-            raise ValueError(f"after kill {counts['kills']}: step {step}, was {saved}; checkpoints {checkpoints(run)}")
-        counts["steps_lost"] += max(reached - step, 0)
+        lost = max(reached - step, 0)
+        allowed = most_lost if number == signal.SIGKILL else 0
+        if step < saved or lost > allowed or len(checkpoints(run)) > KEEP + 1:
+            raise ValueError(f"{name}: step {step} is saved, was {saved}, reached {reached}; checkpoints {checkpoints(run)}")
+        if number != signal.SIGKILL and process.returncode != 128 + number:
+            raise ValueError(f"{name}: exit code {process.returncode}")
+        counts["steps_lost"] += lost
         saved = step
         print(f"{ranks} rank(s), kill {counts['kills']}/{kills} by {name}: saved up to step {saved}", flush=True)
     return counts
 
 
-def read_lines(run: Path) -> list[str]:
-    """Logged steps."""
-    path = run / "metrics.jsonl"
-    return [line for line in path.read_text().splitlines() if '"grad_norm"' in line] if path.exists() else []
+def logged_steps(run: Path) -> list[int]:
+    """The steps whose figures stand in the log: one a step."""
+    return [entry["step"] for entry in read_entries(run / "metrics.jsonl") if "grad_norm" in entry]
 
 
 def finish(flags: list[str], run: Path, ranks: int) -> None:
@@ -144,10 +149,12 @@ def finish(flags: list[str], run: Path, ranks: int) -> None:
 
 def same(run: Path, other: Path) -> bool:
     """Whether all saved tensors and all logged figures are the same."""
-    sums = [json.loads((checkpoints(path)[-1] / CHECKSUMS).read_text()) for path in (run, other)]
+    ends = [checkpoints(path)[-1] for path in (run, other)]
+    sums = [json.loads((end / CHECKSUMS).read_text()) for end in ends]
     tensors = [{name: entry["sha256"] for name, entry in entries.items() if name.endswith(".safetensors")} for entries in sums]
+    numbers = [read_numbers(end) | {"seconds": 0.0} for end in ends]
     logs = [[{k: v for k, v in line.items() if k not in CLOCK_FIELDS} for line in read_metrics(path)] for path in (run, other)]
-    return tensors[0] == tensors[1] and logs[0] == logs[1]
+    return tensors[0] == tensors[1] and numbers[0] == numbers[1] and logs[0] == logs[1]
 
 
 def main() -> None:
@@ -159,12 +166,18 @@ def main() -> None:
     flags = [*prepare(out), f"--max_steps={config.steps}"]
     draw = random.Random(config.seed)
     results = {}
-    for ranks in (1, 2):
-        peaceful, troubled = out / f"peace_{ranks}", out / f"trouble_{ranks}"
-        finish(flags, peaceful, ranks)
-        counts = trouble(flags, troubled, ranks, config.kills // 2, draw)
-        finish(flags, troubled, ranks)
-        results[f"{ranks} rank(s)"] = counts | {"same_end": same(peaceful, troubled)}
+    quarter = config.kills // 4
+    for name, ranks, parallel, kills, most_lost in (
+        ("one_rank", 1, "ddp", config.kills - 2 * quarter, 1),
+        ("two_ranks", 2, "ddp", quarter, 1),
+        ("two_sharded_ranks", 2, "fsdp", quarter, 2),  # the one before is being written while a step is computed
+    ):
+        peaceful, troubled = out / f"{name}_in_peace", out / f"{name}_in_trouble"
+        words = [*flags, f"--parallel={parallel}"]
+        finish(words, peaceful, ranks)
+        counts = trouble(words, troubled, ranks, kills, most_lost, draw)
+        finish(words, troubled, ranks)
+        results[name] = counts | {"same_end": same(peaceful, troubled)}
     figures = {
         "settings": asdict(config),
         "minutes": round((time.monotonic() - begun) / 60, 1),

@@ -4,6 +4,7 @@ Perceptual and adversarial losses are not there yet. Codes that no vector of the
 look for one, or small data sets would use a fraction of the codebook. The same command resumes a run that was killed.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from resume import agreed_checkpoint
 from utils import cli, data
 from utils.checkpoint import Description, read_model_config
 from utils.cli import flag, required
+from utils.files import locked
 from utils.log import RunLog
 from utils.optim import learning_rate_factor
 from utils.signals import StopRequest
@@ -88,6 +90,10 @@ class TokenizerTrainer:
         self.hits = torch.zeros(model_config.num_codes, device=ranks.device)  # since the last restart
 
     def fit(self) -> None:
+        with locked(self.run) if self.ranks.is_main else contextlib.nullcontext():
+            self._fit()
+
+    def _fit(self) -> None:
         config = self.config
         notes = self._resume()
         log = RunLog(self.run, self.ranks.is_main, self.step)
@@ -111,12 +117,13 @@ class TokenizerTrainer:
                 if self.step % config.log_every == 0 or self._finished():
                     speed = (self.step - mark_step) * config.bs / (time.monotonic() - mark_time)
                     mark_time, mark_step = time.monotonic(), self.step
-                    values = {**{name: value.item() for name, value in metrics.items()}, "images_per_second": speed}
+                    values = {name: (self.ranks.sum(value) / self.ranks.world).item() for name, value in metrics.items()}
+                    values["images_per_second"] = speed
                     log.metrics(self.step, values)
                     share = self._progress()
                     total = round(self.step / share)  # a run that ends by the clock does not reach max_steps
                     log.progress(self.step, total, share, self.seconds, values)
-                stopped_by = self.ranks.largest(stop.number)
+                stopped_by = 0 if self._finished() else self.ranks.largest(stop.number)
                 if stopped_by:
                     log.text(f"stopped after step {self.step}, which is saved: the same command goes on from there")
                     self._save()
@@ -140,10 +147,13 @@ class TokenizerTrainer:
         with torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=config.fp16 == 2):
             result = self.model(images)
         loss = reconstruction_loss(images, result.images.float(), config) + config.vq * result.vq_loss
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"step {self.step}: the loss is not finite; the last checkpoint is untouched: lower --lr")
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
+        if self.ranks.largest(int(not torch.isfinite(grad_norm + loss.detach()))):
+            raise FloatingPointError(
+                f"step {self.step + 1}: loss or gradient is not finite (loss {loss.item():.4g} on rank {self.ranks.rank}); "
+                f"the last checkpoint is untouched: lower --lr"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

@@ -1,5 +1,8 @@
 """How a model is spread over ranks, in a group of one; what two ranks make of it stands in test_two_ranks.py."""
 
+import threading
+import time
+
 import pytest
 import torch
 import torch.distributed as torch_dist
@@ -104,7 +107,8 @@ def test_one_rank_has_nothing_to_shard():
 )
 def test_lost_ranks_are_told_from_errors_of_our_own(error, kind, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch_dist, "init_process_group", lambda *_: None)
+    monkeypatch.setattr(dist, "_meet", lambda: (None, 0))
+    monkeypatch.setattr(torch_dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(torch_dist, "destroy_process_group", lambda: None)
     with pytest.raises(kind) as caught, process_group():
         raise error
@@ -113,6 +117,31 @@ def test_lost_ranks_are_told_from_errors_of_our_own(error, kind, monkeypatch):
     if kind is ConnectionError:
         assert "lost the other ranks" in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_ranks_meet_in_spite_of_what_dead_ones_left(monkeypatch):
+    """After a restart by torchrun the store still holds the words of the ranks before."""
+    store = torch_dist.HashStore()
+    for attempt in range(3):
+        met = {}
+
+        def meet(rank: int, met=met) -> None:
+            met[rank] = dist._meet()
+
+        def rendezvous(url: str):
+            yield store, int(threading.current_thread().name), 3
+
+        monkeypatch.setattr(torch_dist, "rendezvous", rendezvous)
+        threads = [threading.Thread(target=meet, args=(rank,), name=str(rank)) for rank in range(3)]
+        for thread in threads if attempt else reversed(threads):
+            thread.start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join(20)
+        assert [met[rank][1] for rank in range(3)] == [0, 1, 2]
+        assert not met[1][0].check(["address"])  # that of an earlier attempt
+        met[0][0].set("address", str(attempt))
+        assert met[1][0].get("address") == met[2][0].get("address") == str(attempt).encode()
 
 
 def test_numbers_of_one_rank_are_its_own():

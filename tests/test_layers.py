@@ -1,7 +1,7 @@
 import torch
 from small_models import seeded
 
-from models.layers import DropPath, Modulation, modulate
+from models.layers import DropPath, Modulation, ModulationOffset, modulate
 
 
 def test_flat_modulation_holds_all_gates_then_all_scales_then_all_shifts():
@@ -33,3 +33,10 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
 def test_drop_path_does_nothing_in_evaluation():
     x = torch.ones(100, 2)
     assert torch.equal(DropPath(0.9).eval()(x), x)
+
+
+def test_a_shared_modulation_leaves_the_precision_alone():
+    """Under autocast it is half precision, and so must everything be that it modulates."""
+    offset = ModulationOffset(4, 6)
+    assert offset(torch.zeros(2, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert offset(torch.zeros(2, 24)).dtype == torch.float32

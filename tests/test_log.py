@@ -47,6 +47,8 @@ def test_a_resumed_log_drops_what_will_be_redone_and_a_torn_line(tmp_path):
     for step in (1, 2, 3):
         log.metrics(step, {"loss": 1.0 / step})
         log.classes(step, [1.0 / step, 2.0], [0.5, 0.25])
+        if step == 1:
+            log.metrics(step, {"loss": 1.0, "val_loss": 3.0})
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "loss_by_scale": {"1x1": 2.0}')  # torn behind a bracket
@@ -55,8 +57,11 @@ def test_a_resumed_log_drops_what_will_be_redone_and_a_torn_line(tmp_path):
     log = RunLog(tmp_path, is_main=True, step=2)
     log.metrics(3, {"loss": 0.25})
     log.close()
-    assert [(entry["step"], entry["loss"]) for entry in read_metrics(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 0.25)]
-    assert [entry["step"] for entry in read_entries(tmp_path / "val_classes.jsonl")] == [1, 2]
+    assert [(entry["step"], entry["loss"]) for entry in read_metrics(tmp_path)] == [(1, 1.0), (1, 1.0), (2, 0.5), (3, 0.25)]
+    assert log.has_validation(1)
+    assert not log.has_validation(2)
+    # the validation of step 2 was not finished: it will be done again
+    assert [entry["step"] for entry in read_entries(tmp_path / "val_classes.jsonl")] == [1]
 
 
 def test_nested_figures_stay_nested_in_the_file_and_become_curves(tmp_path):

@@ -42,7 +42,7 @@ def test_every_variable_of_a_command_is_explained():
     section = SECTIONS["Train on ImageNet"]
     comments = " ".join(line for line in section.splitlines() if line.startswith("#"))
     used = set(re.findall(r"\$(\w+)", section))
-    assert used == {"GPUS", "NODES", "HEAD", "JOB", "DATA", "RUN"}
+    assert used == {"GPUS", "NODES", "HEAD", "JOB", "DATA", "RUN", "VAE"}
     assert all(re.search(rf"\b{name}\b", comments) for name in used)
 
 

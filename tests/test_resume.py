@@ -12,6 +12,7 @@ import pytest
 from commands import (
     ROOT,
     SMALL,
+    TINY_TOKENIZER,
     assert_same_training,
     environment,
     run_in_process,
@@ -21,10 +22,12 @@ from commands import (
 )
 
 import train
+from models.tokenizer import VQVAE
 from trainer import Trainer
-from utils.checkpoint import load_transformer
+from utils.checkpoint import Description, load_transformer, save_model
+from utils.files import written_aside
 from utils.log import read_metrics
-from utils.run_checkpoints import checkpoints, place
+from utils.run_checkpoints import checkpoint_path, checkpoints
 
 
 @pytest.fixture
@@ -83,7 +86,7 @@ def test_a_run_from_cached_views_resumes_too(source, images, tokenizer, tmp_path
     flags = [*source, "--token_cache", tmp_path / "cache", "--local_out_dir_path"]
     for name in ("whole", "stopped"):
         assert command(*flags, tmp_path / name)[0] == 0
-    shutil.rmtree(place(tmp_path / "stopped", 4))
+    shutil.rmtree(checkpoint_path(tmp_path / "stopped", 4))
     assert command(*flags, tmp_path / "stopped")[0] == 0
     assert_same_training(tmp_path / "whole", tmp_path / "stopped")
 
@@ -159,6 +162,39 @@ def test_two_ranks_under_torchrun_stop_together(source, tmp_path):
     assert "stopped by SIGTERM after step" in text
     step = int(text.split("stopped by SIGTERM after step ")[1].split(",")[0])
     assert steps(tmp_path)[-1] == f"step_{step}"
+
+
+def test_a_signal_in_the_last_validation_costs_that_validation_once(source, tmp_path, command, monkeypatch):
+    """It is done by the next command and logged once, however often the finished run is started again."""
+    flags = [*source, "--local_out_dir_path", tmp_path / "run"]
+    usual = Trainer.evaluate
+
+    def evaluate_with_signal(trainer, stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return usual(trainer, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", evaluate_with_signal)
+        assert command(*flags)[0] == 143
+    for _ in range(3):
+        assert command(*flags)[0] == 0
+        assert [entry["step"] for entry in read_metrics(tmp_path / "run") if "val_loss" in entry] == [4]
+        assert (tmp_path / "run" / "val_classes.jsonl").read_text().count("\n") == 1
+
+
+def test_signals_to_everyone_twice_are_one_request(source, tmp_path):
+    """As schedulers send them, also to the processes that load images, and torchrun passes them on."""
+    words = shell_words("train.py", *source, "--max_steps=4000", "--workers=2", "--local_out_dir_path", tmp_path)
+    with open(tmp_path / "output", "w") as output:
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        wait_for(lambda: checkpoints(tmp_path))
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGTERM)
+            time.sleep(0.01)
+        assert process.wait(60) == 143, (tmp_path / "output").read_text()
+    assert "stopped by SIGTERM after step" in (tmp_path / "output").read_text()
 
 
 # --- killed -------------------------------------------------------------------------------------------------------------
@@ -246,13 +282,30 @@ def wait_for(condition) -> None:
         time.sleep(0.05)
 
 
+def test_two_runs_do_not_share_a_directory(source, tmp_path, command):
+    words = shell_words("train.py", *source, "--max_steps=4000", "--local_out_dir_path", tmp_path)
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: checkpoints(tmp_path))
+        code, _, errors = command(*source, "--local_out_dir_path", tmp_path)
+        assert code == 1
+        assert "another process is writing there: end it first, or give another directory" in errors
+    finally:
+        process.kill()
+        process.wait()
+    saved = int(steps(tmp_path)[-1].removeprefix("step_"))
+    code, output, _ = command(*source, f"--max_steps={saved + 1}", "--local_out_dir_path", tmp_path)
+    assert code == 0  # the dead process keeps nobody out
+    assert f"resuming at step {saved}" in output
+
+
 # --- damaged, out of disk -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", ["model", "ema", "optimizer"])
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(file, whole, source, tmp_path, command):
     shutil.copytree(whole, tmp_path / "run")
-    path = place(tmp_path / "run", 4) / f"{file}.safetensors"
+    path = checkpoint_path(tmp_path / "run", 4) / f"{file}.safetensors"
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)
@@ -266,8 +319,8 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(file
 
 def test_weights_are_not_taken_from_a_truncated_checkpoint(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
-    os.truncate(place(tmp_path / "run", 4) / "ema.safetensors", 1000)
-    expected = load_transformer(place(whole, 2))
+    os.truncate(checkpoint_path(tmp_path / "run", 4) / "ema.safetensors", 1000)
+    expected = load_transformer(checkpoint_path(whole, 2))
     assert load_transformer(tmp_path / "run").head.weight.equal(expected.head.weight)
 
 
@@ -294,6 +347,23 @@ def test_a_full_disk_is_an_error_that_leaves_the_last_checkpoint_whole(whole, so
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_2"]
     assert command(*source, "--local_out_dir_path", tmp_path / "run")[0] == 0
     assert_same_training(whole, tmp_path / "run")
+
+
+def test_other_circumstances_are_told(whole, source, images, tmp_path, command):
+    shutil.copytree(whole, tmp_path / "run")
+    code, output, errors = command(*source, "--seed=2", "--bs=4", "--max_steps=5", "--local_out_dir_path", tmp_path / "run")
+    assert code == 0, errors
+    assert "the run so far had seed 1, now 2: from here on other batches" in output
+    assert "the run so far had batch size 8, now 4: from here on other batches" in output
+
+
+def test_a_run_is_not_resumed_on_the_tokens_of_another_tokenizer(whole, source, tmp_path, command):
+    other = VQVAE(TINY_TOKENIZER)
+    with written_aside(tmp_path / "tokenizer") as directory:
+        save_model(directory, other, Description("tokenizer"))
+    code, _, errors = command(*source, "--vae", tmp_path / "tokenizer", "--local_out_dir_path", whole)
+    assert code == 1
+    assert "trained on tokens of a tokenizer with hash" in errors
 
 
 def test_a_run_is_not_resumed_with_other_classes(whole, source, images, tmp_path, command):

@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from utils.run_checkpoints import checkpoints, choose_intact, latest_checkpoint, place, prune, seal
+from utils.run_checkpoints import checkpoint_path, checkpoints, choose_intact, latest_checkpoint, prune, seal
 
 
 def make_checkpoint(run: Path, step: int, content: bytes = b"weights") -> Path:
-    directory = place(run, step)
+    directory = checkpoint_path(run, step)
     (directory / "shards").mkdir(parents=True)
     (directory / "model.safetensors").write_bytes(content)
     (directory / "shards" / "part").write_bytes(content)
@@ -102,7 +102,7 @@ def test_pruning_bounds_the_disk_and_takes_what_killed_processes_left(tmp_path):
         make_checkpoint(tmp_path, step)
     for name in (".step_7.writing", ".step_8.replaced", "step_12.damaged", "mine"):
         (tmp_path / "checkpoints" / name).mkdir()
-    prune(tmp_path, place(tmp_path, 11), keep=2)
+    prune(tmp_path, checkpoint_path(tmp_path, 11), keep=2)
     assert names(tmp_path) == ["mine", "step_10", "step_11"]
 
 
@@ -110,5 +110,5 @@ def test_pruning_spares_the_newest_even_behind_a_later_step(tmp_path):
     """After going back, a step is saved again while one of a later step is still there."""
     for step in (3, 4, 9):
         make_checkpoint(tmp_path, step)
-    prune(tmp_path, place(tmp_path, 4), keep=1)
+    prune(tmp_path, checkpoint_path(tmp_path, 4), keep=1)
     assert [path.name for path in checkpoints(tmp_path)] == ["step_4", "step_9"]

@@ -39,14 +39,13 @@ def test_a_later_signal_acts_as_usual(monkeypatch):
     assert stop.number == signal.SIGTERM
 
 
-def test_helpers_ignore_the_first_signal_and_obey_the_second():
-    code = (
-        "import time; from utils.signals import ignore_the_first; ignore_the_first(); print('on', flush=True); time.sleep(60)"
-    )
+def test_processes_that_load_images_leave_requests_to_the_trainer():
+    code = "import time, utils.signals; utils.signals.ignore_requests(); print('on', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.1)
     assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == -signal.SIGTERM
+    process.kill()
+    assert process.wait(10) == -signal.SIGKILL

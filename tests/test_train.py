@@ -2,6 +2,7 @@ import json
 import shlex
 
 import pytest
+import torch
 from commands import (
     D12,
     SMALL,
@@ -11,6 +12,7 @@ from commands import (
 )
 
 import train
+from dist import Ranks
 from utils import cli
 from utils.checkpoint import load_description, load_transformer
 from utils.log import read_metrics
@@ -71,6 +73,15 @@ def test_defaults_are_the_released_ones():
     config = TrainConfig()
     assert {name: getattr(config, name) for name in released} == released
     assert config.warmup_share == pytest.approx(1 / 50)
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], 0.4), (["--alng_all"], 0.01)])
+def test_the_gate_of_the_feed_forward_is_initialised_as_told(flags, expected, images, tokenizer, tmp_path):
+    words = [*SMALL, "--vae", tokenizer, "--data_path", images, "--local_out_dir_path", tmp_path, "--alng=0.01", "--aln=0.4"]
+    config = cli.parse(TrainConfig, "", [*map(str, words), *flags])
+    transformer = train.build_trainer(config, Ranks(0, 1, torch.device("cpu"))).state.transformer
+    rows = transformer.blocks[0].modulation[-1].weight[2 * 64 : 3 * 64]
+    assert rows.std().item() == pytest.approx((1 / (3 * 64)) ** 0.5 * expected, rel=0.1)
 
 
 def test_long_names_stand_beside_the_released_ones():

@@ -7,7 +7,7 @@ from commands import live_saved_bytes
 import train
 from dist import Ranks
 from models.transformer import FAMILIES, ScaleTransformer
-from trainer import Trainer
+from trainer import ALL_RANKS, Trainer, step_seed
 from utils.checkpoint import load_tokenizer, load_transformer
 from utils.log import read_metrics
 from utils.recipe import TrainConfig
@@ -199,6 +199,54 @@ def test_the_loss_scale_grows_to_its_cap(images, tokenizer, tmp_path):
     trainer.fit()
     scales = [entry["loss_scale"] for entry in read_metrics(tmp_path) if "loss" in entry]
     assert scales == [4096, 8192, 16384, 32768, 32768, 32768, 32768, 32768]
+
+
+def test_a_loss_that_is_not_finite_counts_where_the_gradient_is(images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path)
+    usual = trainer._token_losses
+    trainer._token_losses = lambda *arguments: ((r := usual(*arguments))[0] + torch.inf, r[1])
+    with pytest.raises(FloatingPointError, match="step 1: the loss is inf at scale 1x1 on rank 0"):
+        trainer.fit()
+
+
+def test_random_numbers_of_all_ranks_are_not_those_of_one():
+    seeds = {step_seed(seed, step, rank) for seed in (0, 1) for step in (0, 1) for rank in (0, 1, ALL_RANKS)}
+    assert len(seeds) == 12
+
+
+def test_a_step_takes_the_rates_clipping_and_smoothing_that_it_is_told(images, tokenizer, tmp_path):
+    """The recipe as a whole: one step of the trainer against AdamW written out."""
+    flags = {"tblr": 0.32, "tclip": 0.5, "ls": 0.2, "twd": 0.3, "wp0": 1.0, "class_dropout": 0.0, "ema": 0.9}
+    trainer = small_trainer(images, tokenizer, tmp_path, **flags)
+    model = trainer.state.transformer
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    pixels, labels = next(batches_of(trainer))
+    indices = trainer.tokenizer.encode(pixels)
+    logits = model(labels, trainer.tokenizer.teacher_inputs(indices))
+    log_probabilities = logits.log_softmax(dim=-1)
+    chosen = log_probabilities.gather(2, torch.cat(indices, 1)[..., None]).squeeze(2)
+    loss = -(0.8 * chosen + 0.2 * log_probabilities.mean(dim=-1)).mean()
+    gradients = dict(zip(before, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+    assert norm > 0.5
+    result = trainer.train_step(batches_of(trainer))
+    assert result.grad_norm.item() == pytest.approx(norm.item(), rel=1e-4)
+    rate = 0.32 * 8 / 256  # the peak, in the first step with wp0 = 1
+    for name, decays in (("head.weight", True), ("head.bias", False), ("position_embed", False)):
+        clipped = gradients[name] * 0.5 / norm
+        step = clipped / (clipped.abs() + 1e-8)  # AdamW's first one
+        expected = before[name] * (1 - rate * 0.3 * decays) - rate * step
+        torch.testing.assert_close(dict(model.named_parameters())[name], expected, atol=2e-5, rtol=0)
+    ramped = min(0.9, 2 / 11)  # after one step
+    average = before["head.weight"] * ramped + model.head.weight * (1 - ramped)
+    torch.testing.assert_close(trainer.state.ema["head.weight"], average, atol=1e-6, rtol=0)
+
+
+def test_utilisation_counts_the_scales_that_are_trained(images, tokenizer, tmp_path):
+    trainer = small_trainer(images, tokenizer, tmp_path, peak_tflops=1.0, pg=0.9, pg0=0)
+    result = trainer.train_step(batches_of(trainer))
+    assert result.num_scales == 1
+    assert trainer._metrics(result, 100.0)["mfu"] == pytest.approx(100 * trainer.mfu_of_image / 30)
 
 
 # --- averaged weights, recomputation, figures ---------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import train
 from dist import Ranks
 from utils.checkpoint import load_transformer
-from utils.run_checkpoints import checkpoints, place
+from utils.run_checkpoints import checkpoint_path, checkpoints
 from utils.training_checkpoint import read_numbers
 
 LEARN = ["--tblr=0.05", "--alng=0.1", "--wp=0.1"]  # so fast that every difference between two runs shows
@@ -176,7 +176,7 @@ def test_sharded_and_replicated_runs_go_on_from_one_another(run, runs):
 
 def test_one_rank_goes_on_from_the_shards_of_two(runs, source, tmp_path, command):
     shutil.copytree(runs / "sharded", tmp_path / "run")
-    shutil.rmtree(place(tmp_path / "run", 4))
+    shutil.rmtree(checkpoint_path(tmp_path / "run", 4))
     code, output, errors = command(*source, *STILL, "--local_out_dir_path", tmp_path / "run")
     assert code == 0, errors
     assert "the run so far had 2 rank(s), now 1: same batches, other draws of drop-path" in output

@@ -21,7 +21,7 @@ import trainer
 from dist import Ranks, process_group
 from utils import cli
 from utils.recipe import TrainConfig
-from utils.run_checkpoints import place
+from utils.run_checkpoints import checkpoint_path
 
 LITTLE_ROOM = 50_000  # bytes
 
@@ -46,7 +46,7 @@ def run(out: Path, name: str, flags: list[str], ranks: Ranks) -> None:
         if ranks.is_main and action == "copy":
             shutil.copytree(out / words[0], out / words[1])
         elif ranks.is_main:
-            shutil.rmtree(place(out / words[0], int(words[1])))
+            shutil.rmtree(checkpoint_path(out / words[0], int(words[1])))
         ranks.barrier()
         return
     usual = trainer.Trainer._token_losses

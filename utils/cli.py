@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import traceback
 import typing
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
@@ -95,9 +96,14 @@ def run(main: Callable[[], None]) -> NoReturn:
     """
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("MVAR_TRACEBACK") == "1":
-            raise
-        complain(os.path.basename(sys.argv[0]), str(error))
+    except Exception as error:
+        if isinstance(error, (ValueError, OSError, FloatingPointError)) and os.environ.get("MVAR_TRACEBACK") != "1":
+            complain(os.path.basename(sys.argv[0]), str(error))
+        else:
+            traceback.print_exc()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # one of many ranks goes at once: cleaning up could wait for the others, who wait for this one
+            sys.stdout.flush()
+            os._exit(1)
         sys.exit(1)
     sys.exit(0)

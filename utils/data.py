@@ -21,7 +21,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2 as transforms
 
-from utils.signals import ignore_the_first
+from utils.signals import ignore_requests
 
 FASHION_MNIST = Path(__file__).resolve().parents[1] / "data" / "fashion-mnist"
 FASHION_MNIST_CLASSES = (
@@ -209,7 +209,7 @@ class _Batches(torch.utils.data.Sampler):
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    ignore_the_first()
+    ignore_requests()
 
 
 def batches_at(

@@ -1,6 +1,8 @@
 """Files and directories that are either whole or not there: written aside, then renamed."""
 
 import contextlib
+import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +13,30 @@ def replace_text(path: Path, text: str) -> None:
     """Write a text file in one step: a reader, or a kill, finds the old one or the new one."""
     aside = path.with_name(f".{path.name}.writing")
     aside.write_text(text)
+    _to_disk(aside)
     os.replace(aside, path)
+    _to_disk(path.parent)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep others out of a directory. ValueError where another process that is still running has locked it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: helpers that outlive it do not keep it
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(
+                f"{directory}: another process is writing there: end it first, or give another directory"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def aside_of(target: Path) -> Path:

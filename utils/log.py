@@ -31,14 +31,20 @@ class RunLog:
         directory.mkdir(parents=True, exist_ok=True)
         self.metrics_path, self.classes_path = directory / "metrics.jsonl", directory / "val_classes.jsonl"
         self.text_path = directory / "log.txt"
-        for path in (self.metrics_path, self.classes_path):
+        kept = [entry for entry in read_entries(self.metrics_path) if entry["step"] <= step]
+        self.validated = {entry["step"] for entry in kept if "val_loss" in entry}
+        by_class = [entry for entry in read_entries(self.classes_path) if entry["step"] in self.validated]
+        for path, entries in ((self.metrics_path, kept), (self.classes_path, by_class)):
             if path.exists():
-                kept = [entry for entry in read_entries(path) if entry["step"] <= step]
-                replace_text(path, "".join(json_line(entry) for entry in kept))
+                replace_text(path, "".join(map(json_line, entries)))
         self.writer = SummaryWriter(str(directory), purge_step=step + 1)
         self.bar: tqdm | None = None
         self.waiting: str | None = None  # the newest console line, while it is too early to print it
         self.printed_at = -math.inf
+
+    def has_validation(self, step: int) -> bool:
+        """Whether the run so far has logged the validation of this step; the main rank knows."""
+        return self.is_main and step in self.validated
 
     def metrics(self, step: int, values: dict[str, float | dict[str, float]]) -> None:
         """One line of metrics.jsonl and one point per TensorBoard curve.
@@ -167,12 +173,13 @@ def _finite(value: Any) -> Any:
 
 
 def read_entries(path: Path) -> list[dict]:
-    """All lines of a .jsonl file of a run, in order; a last line without its end, left by a kill, is dropped.
+    """All lines of a .jsonl file of a run, none where there is no file; a last line torn by a kill is dropped.
 
     ValueError, with the number of the line, where one is no object with a step.
     """
     entries = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    content = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             entry = json.loads(line)
         except ValueError:

@@ -25,12 +25,11 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 
 
 def build_adamw(model: nn.Module) -> torch.optim.AdamW:
-    """AdamW with betas (0.9, 0.95), fused where there is a GPU; learning rate and decay are set at every step."""
-    fused = next(model.parameters()).device.type == "cuda"
-    return torch.optim.AdamW(parameter_groups(model), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+    """AdamW with betas (0.9, 0.95), fused, as it is on GPUs and CPUs; learning rate and decay are set at every step."""
+    return torch.optim.AdamW(parameter_groups(model), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
+def set_rates_(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
         group["weight_decay"] = weight_decay if group["decays"] else 0.0

@@ -4,12 +4,13 @@ A checkpoint is a directory checkpoints/step_N. It is written beside its place a
 holds size and SHA-256 of all others, so that a kill, a full disk or a damaged disk cannot make a part pass for the whole.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
 from pathlib import Path
+
+from utils.files import sha256
 
 CHECKSUMS = "checksums.json"
 
@@ -18,7 +19,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def place(run: Path, step: int) -> Path:
+def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step}"
 
 
@@ -30,7 +31,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint whose files are all there in full length; None where there is none."""
-    return next((path for path in reversed(checkpoints(run)) if truncation(path) is None), None)
+    return next((path for path in reversed(checkpoints(run)) if find_truncation(path) is None), None)
 
 
 def seal(directory: Path) -> None:
@@ -40,12 +41,7 @@ def seal(directory: Path) -> None:
     (directory / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def truncation(checkpoint: Path) -> str | None:
+def find_truncation(checkpoint: Path) -> str | None:
     """What is missing of a checkpoint, judged by names and lengths; None where nothing is."""
     try:
         sums = json.loads((checkpoint / CHECKSUMS).read_text())
@@ -60,9 +56,9 @@ def truncation(checkpoint: Path) -> str | None:
     return None
 
 
-def damage(checkpoint: Path) -> str | None:
+def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, judged by reading all of it; None where nothing is."""
-    short = truncation(checkpoint)
+    short = find_truncation(checkpoint)
     if short is not None:
         return short
     for name, expected in json.loads((checkpoint / CHECKSUMS).read_text()).items():
@@ -79,10 +75,12 @@ def choose_intact(run: Path) -> tuple[Path | None, list[str]]:
     """
     faults: list[tuple[Path, str]] = []
     for checkpoint in reversed(checkpoints(run)):
-        fault = damage(checkpoint)
+        fault = find_damage(checkpoint)
         if fault is None:
             for broken, _ in faults:
-                os.rename(broken, broken.with_name(f"{broken.name}.damaged"))
+                aside = broken.with_name(f"{broken.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(broken, aside)
             return checkpoint, [f"{broken}: damaged, {fault}: going back to {checkpoint.name}" for broken, fault in faults]
         faults.append((checkpoint, fault))
     if faults:
@@ -103,4 +101,4 @@ def prune(run: Path, newest: Path, keep: int) -> None:
         if re.fullmatch(r"step_\d+\.damaged|\.step_\d+\.(writing|replaced)", path.name)
     ]
     for path in old + leftovers:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # what cannot go now, because somebody reads it, goes the next time

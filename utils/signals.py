@@ -35,11 +35,7 @@ class StopRequest:
             os.kill(os.getpid(), number)
 
 
-def ignore_the_first() -> None:
-    """For helper processes, which get the same signals as the process they work for: that one decides when they end."""
-
-    def swallow(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-
+def ignore_requests() -> None:
+    """For processes that load images, which get the same signals as the one that they work for: that one ends them."""
     for number in SIGNALS:
-        signal.signal(number, swallow)
+        signal.signal(number, signal.SIG_IGN)

@@ -22,7 +22,7 @@ from models.pyramid import Pyramid
 from models.tokenizer import VQVAE
 from utils.config import from_dict
 from utils.data import ImageFiles, TrainOrder, in_order
-from utils.files import replace_text
+from utils.files import replace_text, sha256
 
 SPLITS = ("train", "val")
 ARRAYS = {"tokens": np.uint16, "labels": np.int32, "source": np.int32}
@@ -124,11 +124,6 @@ def listing_hash(root: str | Path, train: ImageFiles, val: ImageFiles) -> str:
     return digest.hexdigest()
 
 
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # --- writing ------------------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +165,7 @@ def write_plan(directory: Path, plan: Plan) -> None:
 
 def write_manifest(directory: Path, plan: Plan) -> None:
     """Turn an unfinished cache whose shards are all there into a finished one."""
-    hashes = {name: file_hash(directory / name) for shard in plan.shards(*SPLITS) for name in map(shard.file, ARRAYS)}
+    hashes = {name: sha256(directory / name) for shard in plan.shards(*SPLITS) for name in map(shard.file, ARRAYS)}
     replace_text(directory / "manifest.json", json.dumps(asdict(Manifest(**asdict(plan), hashes=hashes)), indent=1) + "\n")
     (directory / "plan.json").unlink(missing_ok=True)
 
@@ -243,7 +238,7 @@ class TokenCache:
         Leaves the files in the page cache, if they fit.
         """
         for name in (shard.file(array) for shard in self.shards for array in ARRAYS):
-            found, written = file_hash(self.directory / name), self.manifest.hashes.get(name, "none")
+            found, written = sha256(self.directory / name), self.manifest.hashes.get(name, "none")
             if found != written:
                 raise ValueError(
                     f"{self.directory / name}: damaged: its SHA-256 is {found[:12]}, the manifest has {written[:12]}: "

@@ -85,11 +85,11 @@ def named(model: nn.Module) -> dict[str, Tensor]:
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's moments and step counts by parameter, "NAME.exp_avg" and so on; made, at zero, where there was no step yet."""
     tensors = {}
-    fused = optimizer.param_groups[0]["fused"]
+    on_device = optimizer.param_groups[0]["fused"]
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
         if not state:  # as AdamW itself starts them
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         tensors |= {f"{name}.{key}": value for key, value in state.items()}

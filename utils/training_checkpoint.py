@@ -23,7 +23,7 @@ from models.tokenizer import TokenizerConfig
 from models.transformer import TransformerConfig
 from utils.checkpoint import Description, write_config, write_tensors
 from utils.files import aside_of, put_in_place, written_aside
-from utils.run_checkpoints import place, prune, seal
+from utils.run_checkpoints import checkpoint_path, prune, seal
 from utils.shards import SHARDS, fill_from_shards_, is_sharded, shard_sizes
 
 ModelConfig = TokenizerConfig | TransformerConfig
@@ -43,7 +43,7 @@ def save_checkpoint(
     tensors: named "model.NAME", "optimizer.NAME" and so on, a file for each of these groups; numbers: for train_state.json.
     OSError where it cannot be written; the checkpoints before it are then as they were.
     """
-    target = place(run, step)
+    target = checkpoint_path(run, step)
     with written_aside(target) as directory:
         for group, members in grouped(tensors).items():
             write_tensors(directory / f"{group}.safetensors", members)
@@ -77,7 +77,7 @@ class ShardedSaver:
     ) -> None:
         """As `save_checkpoint`, after the one before it has been finished."""
         self.finish()
-        target = place(run, step)
+        target = checkpoint_path(run, step)
         aside = target.with_name(f".{target.name}.writing")
         if self.is_main:
             aside_of(target)
@@ -99,10 +99,9 @@ class ShardedSaver:
 
         self.running = self.finisher.submit(put_away)
 
-    def poll(self) -> None:
-        """OSError where a save has failed meanwhile."""
-        if self.running is not None and self.running.done():
-            self.finish()
+    def has_failed(self) -> bool:
+        """Whether a save is known by now not to have worked on this rank; `finish` says why."""
+        return self.running is not None and self.running.done() and self.running.exception() is not None
 
     def finish(self) -> None:
         """Wait until the checkpoint that was started last is in its place."""
@@ -112,7 +111,7 @@ class ShardedSaver:
         try:
             running.result()
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
-            raise OSError(f"the last checkpoint could not be written ({_first_cause(error)}): make room on the disk") from error
+            raise OSError(f"the last checkpoint could not be written ({_first_cause(error)})") from error
 
 
 def _first_cause(error: BaseException) -> str:
