@@ -1,6 +1,7 @@
 """Train on the embedded images from cached tokens by one rank and by two, with the same batches, and compare the curves.
 
-Both compute the same sums in another order, so their losses differ by the rounding of float32. Drop-path is off: it is the one thing that each rank draws for itself.
+Both compute the same sums in another order, so their losses differ by the rounding of float32. Drop-path is off: it is the one
+thing that each rank draws for itself.
 """
 
 import json
