@@ -23,6 +23,9 @@ from models.ssm import Mamba2
 from models.transformer import ScaleTransformer
 
 
+MEETING_SECONDS = 1800  # how long rank 0 waits for the others at the start
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Who this process is: rank of world processes, and the device it computes on."""
@@ -129,7 +132,12 @@ def _meet() -> tuple[torch_dist.Store, int]:
         store.set(f"thanks/{drawn}/{prefix}", "")
         return torch_dist.PrefixStore(prefix, store), rank
     missing = set(range(1, world))
+    deadline = time.monotonic() + MEETING_SECONDS
     while missing:
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"ranks {sorted(missing)} of {world} have not come within {MEETING_SECONDS} s: see what they say"
+            )
         for other in sorted(missing):
             if store.check([f"here/{other}"]):
                 word = store.get(f"here/{other}").decode()

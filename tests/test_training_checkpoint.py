@@ -1,12 +1,17 @@
+import threading
+import time
+
 import pytest
 import torch
+import torch.distributed as torch_dist
 from small_models import small_transformer
 
+from utils import training_checkpoint
 from utils.checkpoint import Description, load_description, load_transformer
 from utils.optim import build_adamw
-from utils.run_checkpoints import checkpoints
+from utils.run_checkpoints import checkpoints, seal
 from utils.train_state import TrainState
-from utils.training_checkpoint import read_numbers, restore_, save_checkpoint
+from utils.training_checkpoint import ShardedSaver, read_numbers, restore_, save_checkpoint
 
 DESCRIPTION = Description("transformer", class_names=["cat", "dog"], tokenizer="vae.pth", training={"seed": 3})
 
@@ -96,6 +101,50 @@ def test_a_disk_that_is_full_leaves_what_was_there(tmp_path, monkeypatch):
         save(tmp_path, make_state(2), keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
     assert {path.name: path.read_bytes() for path in first.iterdir()} == before
+
+
+@pytest.fixture
+def sharded_saver():
+    torch_dist.init_process_group("gloo", store=torch_dist.HashStore(), rank=0, world_size=1)
+    yield ShardedSaver(is_main=True, barrier=lambda: None)
+    torch_dist.destroy_process_group()
+
+
+def start(saver: ShardedSaver, run, state: TrainState) -> None:
+    saver.start(run, state.step, state.transformer.config, DESCRIPTION, state.numbers(), state.tensors(), keep=2)
+
+
+def test_shards_are_written_in_the_background_from_a_copy(sharded_saver, tmp_path, monkeypatch):
+    go_on = threading.Event()
+    monkeypatch.setattr(training_checkpoint, "seal", lambda directory: (go_on.wait(20), seal(directory)))
+    state = make_state(5)
+    saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    start(sharded_saver, tmp_path, state)
+    assert checkpoints(tmp_path) == []
+    assert not sharded_saver.has_failed()
+    for tensor in state.tensors().values():
+        tensor.detach().zero_()  # training goes on
+    go_on.set()
+    sharded_saver.finish()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_5"]
+    restore_(state.tensors(), checkpoints(tmp_path)[-1])
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in state.tensors().items())
+
+
+def test_a_save_that_fails_in_the_background_is_told(sharded_saver, tmp_path, monkeypatch):
+    def fail(directory):
+        raise OSError(28, "No space left on device")
+
+    start(sharded_saver, tmp_path, make_state(5))
+    sharded_saver.finish()
+    monkeypatch.setattr(training_checkpoint, "seal", fail)
+    start(sharded_saver, tmp_path, make_state(6))
+    while not sharded_saver.has_failed():
+        time.sleep(0.01)
+    with pytest.raises(OSError, match="the last checkpoint could not be written .*No space left on device"):
+        sharded_saver.finish()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_5"]
+    sharded_saver.finish()  # nothing is left to wait for
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def runs(source, cache, tmp_path_factory) -> Path:
         ("cached", [*STILL, "--token_cache", cache, "--max_steps=8"]),
         ("accumulated", [*STILL, "--ac=2"]),
         ("sharded", [*STILL, *SHARDED]),
+        ("sharded_validated", [*STILL, *SHARDED, "--val_every=1"]),
         ("sharded_accumulated", [*STILL, *SHARDED, "--ac=2"]),
         ("sharded_recomputed", [*STILL, *SHARDED, "--recompute"]),
         ("whole", dropouts),
@@ -143,6 +144,15 @@ def test_the_same_steps_however_they_are_shared_out(run, other, runs):
 def test_sharded_training_in_bfloat16_is_that_of_replicas_to_its_three_digits(runs):
     """A step moves a weight by 1e-3; where bfloat16 rounds differs."""
     assert_close_training(runs / "sharded_half", runs / "half", 1e-2, mean_difference=3e-4)
+
+
+def test_validations_and_samples_on_the_way_change_nothing(runs):
+    """Both gather a sharded model outside of training steps, and the averaged weights take the place of the weights."""
+    plain, validated = (log_lines(runs / name) for name in ("sharded", "sharded_validated"))
+    assert [entry for entry in validated if "loss" in entry] == [entry for entry in plain if "loss" in entry]
+    assert len([entry for entry in validated if "val_loss" in entry]) == 4
+    ends = [shards(checkpoints(runs / name)[-1]) for name in ("sharded", "sharded_validated")]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
 # --- resumed ------------------------------------------------------------------------------------------------------------
