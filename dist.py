@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 from models.ssm import Mamba2
 from models.transformer import ScaleTransformer
 
-
 MEETING_SECONDS = 1800  # how long rank 0 waits for the others at the start
 
 

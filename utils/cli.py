@@ -103,7 +103,8 @@ def run(main: Callable[[], None]) -> NoReturn:
             traceback.print_exc()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # one of many ranks goes at once: cleaning up could wait for the others, who wait for this one
-            sys.stdout.flush(), sys.stderr.flush()
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(1)
         sys.exit(1)
     sys.exit(0)
