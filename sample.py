@@ -1,12 +1,13 @@
 """Generate images: a labelled grid, a picture of the scales building up, a folder of PNG, or an .npz for evaluation.
 
-The transformer and its tokenizer may be ours or released ones. Every batch has random numbers of its own: the same command with
-the same seed and batch size gives the same images, and no two batches are alike.
+The transformer and its tokenizer may be ours or released ones. Image n depends on the seed and n alone: not on the batch size,
+on the number of images, or on how many ranks of torchrun share the work. A dump (png, npz) that was killed is resumed by the same
+command.
 """
 
 import csv
-import json
-import os
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,13 +17,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from dist import Ranks, process_group
 from models.generate import Generation, draw_labels, generate
 from models.ssm import SCANS, choose_scan_
 from models.tokenizer import VQVAE
 from models.transformer import FAMILIES, ScaleTransformer
 from utils import cli, plots
-from utils.checkpoint import load_description, load_tokenizer_for, load_transformer
+from utils.checkpoint import load_description, load_tokenizer_for, load_transformer, weights_hash
 from utils.cli import flag, required
+from utils.dump import Dump
+from utils.evidence import commit
 
 PRESETS = {
     "fid": {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False},
@@ -30,6 +34,9 @@ PRESETS = {
 }
 GRID_COLUMNS = 8
 DEFAULT_CLASSES = 10  # rows of a grid where neither --classes nor --num says otherwise
+# Images that are always computed together. The rounding of a matrix product depends on its size, so the same image in a batch
+# of another size could come out otherwise.
+GROUP = {"cpu": 16, "cuda": 64}
 
 
 @dataclass(frozen=True)
@@ -44,14 +51,20 @@ class SampleConfig:
     classes: str = flag(
         "", "labels, such as 0,3,7, or class names, in quotes where they hold a comma; none: no class; random: drawn"
     )
-    num: int = flag(0, "images in all, spread evenly over the classes; 0: a row per class of a grid, one of scales")
+    num: int = flag(
+        0,
+        "images in all, spread evenly over the classes; 0: a row per class of a grid, else one; torchrun takes --num for its own",
+        "--num_images",
+    )
     seed: int = flag(0, "of the sampling")
     preset: str = flag("fid", "cfg, top_k, top_p and smooth at once; flags given beside it win", choices=tuple(PRESETS))
     cfg: float | None = flag(None, "guidance scale, 0 for none")
     top_k: int | None = flag(None, "keep the so many likeliest codes, 0: all")
     top_p: float | None = flag(None, "of those keep the likeliest with this mass, 0: all")
     smooth: bool | None = flag(None, "mix codes by Gumbel-softmax: for pictures only")
-    batch: int = flag(32, "images at a time")
+    batch: int = flag(
+        64, "images that a rank takes at a time, in whole groups of 16 (on GPUs 64) that are always computed alike"
+    )
     scan_backend: str = flag("torch", "how Mamba-2 is computed; mamba_ssm needs a GPU", choices=tuple(SCANS))
     ema: bool = flag(True, "use the averaged weights of our checkpoints")
     overwrite: bool = flag(False, "replace what is at --out")
@@ -89,23 +102,33 @@ def all_labels(config: SampleConfig, classes: list[int], num_classes: int) -> li
     return [classes[n * len(classes) // num] for n in range(num)]
 
 
-def sample_batches(
-    transformer: ScaleTransformer, tokenizer: VQVAE, labels: list[int], config: SampleConfig
+def sample_groups(
+    transformer: ScaleTransformer, tokenizer: VQVAE, labels: list[int], config: SampleConfig, groups: list[int]
 ) -> Iterator[Generation]:
-    """Batches of images in the order of the labels; every batch has random numbers of its own."""
+    """The images of each group, from random numbers of their own; labels: of all images, of all groups."""
     device = next(transformer.parameters()).device
-    for number, start in enumerate(range(0, len(labels), config.batch)):
-        seed = int(np.random.SeedSequence((config.seed, number)).generate_state(1, np.uint64)[0] >> 1)
-        yield generate(
+    size = GROUP[device.type]
+    for group in groups:
+        numbers = range(group * size, (group + 1) * size)  # the last group is filled up: it is as large as the others
+        own = torch.tensor([labels[n] if n < len(labels) else labels[0] for n in numbers], device=device)
+        generation = generate(
             transformer,
             tokenizer,
-            torch.tensor(labels[start : start + config.batch], device=device),
+            own,
             guidance_scale=config.cfg,
             top_k=config.top_k,
             top_p=config.top_p,
             smooth=config.smooth,
-            generator=torch.Generator(device).manual_seed(seed),
+            generator=[torch.Generator(device).manual_seed(image_seed(config.seed, n)) for n in numbers],
         )
+        count = min(size, len(labels) - numbers.start)
+        indices, sums = ([part[:count] for part in parts] for parts in (generation.indices, generation.sums))
+        yield Generation(generation.images[:count], indices, sums)
+
+
+def image_seed(seed: int, number: int) -> int:
+    """What the random numbers of one image start from."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def scale_pictures(tokenizer: VQVAE, generation: Generation) -> np.ndarray:
@@ -127,29 +150,19 @@ def write_scales(out: Path, pictures: np.ndarray, labels: list[int], names: list
     plots.grid(list(pictures), [names[label] for label in labels], heads).save(out)
 
 
-def write_npz(out: Path, images: np.ndarray, labels: list[int], config: SampleConfig) -> None:
-    """arr_0 (N, H, W, 3) uint8 and labels, as the field's evaluators read them, and the settings; renamed when whole."""
-    aside = out.with_name(f".{out.name}.writing.npz")
-    np.savez(aside, arr_0=images, labels=np.array(labels, np.int64), settings=np.array(json.dumps(asdict(config))))
-    os.replace(aside, out)
-
-
 def check_out(out: Path, config: SampleConfig) -> None:
     """ValueError before anything is computed where the result could not be written."""
     if config.format in ("grid", "scales") and out.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"{out}: --format={config.format} writes a picture: give a name that ends in .png")
     if config.format != "png" and out.is_dir():
         raise ValueError(f"{out}: is a directory, --format={config.format} writes one file: give its name")
-    if not config.overwrite and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+    unfinished = config.format == "png" and out.with_name(f".{out.name}.parts").exists()
+    if not config.overwrite and not unfinished and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         raise ValueError(f"{out}: is there already: give another --out, or --overwrite")
 
 
-def main() -> None:
-    config = cli.parse(SampleConfig, __doc__)
-    out = Path(config.out)
-    check_out(out, config)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("sample.py does not share out its images over ranks yet: run it without torchrun")
+def load_models(config: SampleConfig, device: torch.device) -> tuple[ScaleTransformer, VQVAE, list[str]]:
+    """Transformer and tokenizer, and the names of the classes, empty where the checkpoint does not know them."""
     transformer = load_transformer(config.ckpt, config.family or None, config.ema)
     choose_scan_(transformer, config.scan_backend)
     description = load_description(config.ckpt)
@@ -157,43 +170,93 @@ def main() -> None:
     if not source:
         raise ValueError(f"{config.ckpt}: does not name its tokenizer: give --vae")
     tokenizer = load_tokenizer_for(source, transformer.pyramid)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    transformer.to(device), tokenizer.to(device)
+    return transformer.to(device), tokenizer.to(device), description.class_names if description else []
 
-    num_classes = transformer.config.num_classes
-    class_names = description.class_names if description else []
-    names = [*(class_names or [str(label) for label in range(num_classes)]), "none"]
-    if config.classes and config.classes != "random":
-        classes = parse_classes(config.classes, class_names, num_classes)
-    else:
-        classes = list(range(num_classes if config.format in ("png", "npz") else min(num_classes, DEFAULT_CLASSES)))
-    labels = all_labels(config, classes, num_classes)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if config.format == "png":
-        out.mkdir(exist_ok=True)
-        for old in out.glob("[0-9]*_class*.png"):  # with --overwrite: no image of an earlier command may stay
-            old.unlink()
-    kept: list[np.ndarray] = []
-    done = 0
+def draw_pictures(
+    config: SampleConfig, transformer: ScaleTransformer, tokenizer: VQVAE, labels: list[int], names: list[str]
+) -> None:
+    """A grid, or the scales of some images, in one file."""
+    size = GROUP[next(transformer.parameters()).device.type]
+    kept = []
     with tqdm(total=len(labels), unit="image") as bar:
-        for generation in sample_batches(transformer, tokenizer, labels, config):
+        for generation in sample_groups(transformer, tokenizer, labels, config, list(range(-(-len(labels) // size)))):
             in_scales = config.format == "scales"
-            images = scale_pictures(tokenizer, generation) if in_scales else plots.to_uint8(generation.images)
-            if config.format == "png":
-                for n, image in enumerate(images, start=done):
-                    Image.fromarray(image).save(out / f"{n:06d}_class{labels[n]:04d}.png")
-            else:
-                kept.append(images)
-            done += len(images)
-            bar.update(len(images))
+            kept.append(scale_pictures(tokenizer, generation) if in_scales else plots.to_uint8(generation.images))
+            bar.update(len(generation.images))
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     if config.format == "grid":
         write_grid(out, np.concatenate(kept), labels, names)
-    elif config.format == "scales":
+    else:
         write_scales(out, np.concatenate(kept), labels, names, tokenizer)
-    elif config.format == "npz":
-        write_npz(out, np.concatenate(kept), labels, config)
-    print(f"wrote {len(labels)} images ({config.format}) to {out}")
+
+
+def write_dump(config: SampleConfig, transformer: ScaleTransformer, tokenizer: VQVAE, labels: list[int], ranks: Ranks) -> None:
+    """PNG files or an .npz; every rank makes its share of the groups that are missing, the main rank puts them together."""
+    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "overwrite", "batch")}
+    settings |= {
+        "num": len(labels),
+        "transformer_sha256": weights_hash(transformer),
+        "tokenizer_sha256": weights_hash(tokenizer),
+        "device": ranks.device.type,
+        "torch": torch.__version__,
+        "commit": commit(),
+        "uint8": "255 times the value in [0, 1], rounded to nearest",
+    }
+    out = Path(config.out)
+    dump = Dump(out, labels, GROUP[ranks.device.type], settings)
+    missing: list[int] = []
+    if ranks.is_main:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        dump.begin()
+        missing = dump.missing()
+    missing = ranks.numbers_from_main(missing)
+    at_a_time = max(config.batch // dump.group, 1)
+    mine = [group for i, group in enumerate(missing) if i // at_a_time % ranks.world == ranks.rank]
+    there = len(labels) - sum(len(dump.numbers(group)) for group in missing)
+    interval = 0.2 if sys.stderr.isatty() else 20
+    with tqdm(total=len(labels), initial=there, unit="image", mininterval=interval, disable=not ranks.is_main) as bar:
+        for group, generation in zip(mine, sample_groups(transformer, tokenizer, labels, config, mine), strict=True):
+            dump.write(group, plots.to_uint8(generation.images))
+            bar.update(min(ranks.world * len(generation.images), len(labels) - bar.n))  # the others are as far as this one
+    if ranks.is_main:
+        while dump.missing():  # of other ranks
+            time.sleep(0.2)
+        dump.finish()
+
+
+def main() -> None:
+    config = cli.parse(SampleConfig, __doc__)
+    out = Path(config.out)
+    check_out(out, config)
+    is_dump = config.format in ("png", "npz")
+    with process_group() as ranks:
+        if ranks.world > 1 and not is_dump:
+            raise ValueError(f"--format={config.format}: a picture is made by one process: run it without torchrun")
+        transformer, tokenizer, class_names = load_models(config, ranks.device)
+        num_classes = transformer.config.num_classes
+        names = [*(class_names or [str(label) for label in range(num_classes)]), "none"]
+        if config.classes and config.classes != "random":
+            classes = parse_classes(config.classes, class_names, num_classes)
+        else:
+            classes = list(range(num_classes if is_dump else min(num_classes, DEFAULT_CLASSES)))
+        labels = all_labels(config, classes, num_classes)
+        if is_dump:
+            if config.overwrite and ranks.is_main:
+                remove_earlier(out)
+            write_dump(config, transformer, tokenizer, labels, ranks)
+        else:
+            draw_pictures(config, transformer, tokenizer, labels, names)
+        if ranks.is_main:
+            print(f"wrote {len(labels)} images ({config.format}) to {out}")
+
+
+def remove_earlier(out: Path) -> None:
+    """With --overwrite no image of an earlier, finished dump may stay."""
+    if out.is_dir() and not out.with_name(f".{out.name}.parts").exists():
+        for old in out.glob("[0-9]*_class*.png"):
+            old.unlink()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ is stored on a module. Guidance is VAR's (arXiv 2404.02905, released sampler): i
 scale.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from models.tokenizer import VQVAE
 from models.transformer import BlockState, ScaleTransformer
+
+Generators = torch.Generator | Sequence[torch.Generator] | None  # of a batch, or of each image in it
 
 
 class GenerationState(NamedTuple):
@@ -59,16 +62,26 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
     return logits
 
 
-def sample_indices(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def sample_indices(logits: Tensor, generator: Generators = None) -> Tensor:
     """One index per row: filtered logits (B, l, V) -> (B, l)."""
-    probabilities = logits.softmax(dim=-1).flatten(0, -2)
-    return torch.multinomial(probabilities, 1, replacement=True, generator=generator).view(logits.shape[:-1])
+    probabilities = logits.softmax(dim=-1)
+    drawn = [torch.multinomial(part.flatten(0, -2), 1, True, generator=g) for part, g in _portions(probabilities, generator)]
+    return torch.cat(drawn).view(logits.shape[:-1])
 
 
-def gumbel_weights(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
-    """Gumbel-softmax over the last dimension: (..., V) -> weights that sum to 1."""
-    noise = -torch.empty_like(logits).exponential_(generator=generator).log()
-    return ((logits + noise) / temperature).softmax(dim=-1)
+def gumbel_weights(logits: Tensor, temperature: float, generator: Generators = None) -> Tensor:
+    """Gumbel-softmax over the last dimension: (B, ..., V) -> weights that sum to 1."""
+    noise = torch.empty_like(logits)
+    for part, g in _portions(noise, generator):
+        part.exponential_(generator=g)
+    return ((logits - noise.log()) / temperature).softmax(dim=-1)
+
+
+def _portions(values: Tensor, generator: Generators) -> list[tuple[Tensor, torch.Generator | None]]:
+    """Views of values (B, ...), each with the generator that its random numbers come from."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return [(values, generator)]
+    return list(zip(values.split(1), generator, strict=True))
 
 
 def generate(
@@ -79,14 +92,15 @@ def generate(
     top_k: int = 900,
     top_p: float = 0.96,
     smooth: bool = False,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Generation:
     """Images of the given classes.
 
     labels (B,) in 0 .. num_classes; num_classes stands for no class. guidance_scale: strength t = guidance_scale * k / (K - 1)
     at scale k = 0 .. K - 1, logits (1 + t) * cond - t * uncond; 0 computes no unconditional rows (and gives what strength 0
     gives). top_k, top_p: see filter_logits. smooth: mix code vectors by Gumbel-softmax instead of choosing one, for pictures,
-    never for FID; the indices returned are then those drawn and not used. generator: on the labels' device.
+    never for FID; the indices returned are then those drawn and not used. generator: on the labels' device; one, or one for each
+    image, whose random numbers then do not depend on the others in the batch.
 
     Returns images (B, 3, H, W) in [0, 1], K index tensors (B, h_k * w_k) and the features after each scale.
     ValueError if tokenizer and transformer do not fit.

@@ -189,6 +189,14 @@ def test_guidance_changes_the_picture_but_not_the_first_token(small):
     assert not torch.equal(joined(plain.indices), joined(guided.indices))
 
 
+@pytest.mark.parametrize("smooth", [False, True])
+def test_each_image_may_have_random_numbers_of_its_own(small, smooth):
+    together = generate(*small, LABELS, smooth=smooth, generator=[seeded(n) for n in range(len(LABELS))])
+    for n in range(len(LABELS)):
+        alone = generate(*small, LABELS[n : n + 1], smooth=smooth, generator=[seeded(n)])
+        torch.testing.assert_close(alone.images[0], together.images[n], atol=1e-4, rtol=0)
+
+
 def test_result_is_given_by_the_generator(small):
     a, b, c = (generate(*small, LABELS, generator=seeded(seed)) for seed in (1, 1, 2))
     assert torch.equal(a.images, b.images)

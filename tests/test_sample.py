@@ -57,9 +57,65 @@ def test_npz_has_what_evaluators_read(checkpoint, tmp_path, command):
     with np.load(tmp_path / "s.npz", allow_pickle=False) as archive:
         assert archive["arr_0"].shape == (7, 16, 16, 3)
         assert archive["arr_0"].dtype == np.uint8
-        assert archive["labels"].tolist() == [0, 0, 0, 1, 1, 2, 2]
+        assert sorted(archive["labels"].tolist()) == [0, 0, 0, 1, 1, 2, 2]
         assert json.loads(str(archive["settings"]))["cfg"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
+
+
+def dump_flags(out, *flags) -> list:
+    return ["--out", out, "--format=npz", "--num_images=200", "--seed=3", *flags]
+
+
+def test_a_dump_is_the_same_however_it_was_made(checkpoint, tmp_path, command, monkeypatch):
+    """By one rank in batches of 50, and by two in batches of 32 after a run that was interrupted."""
+    assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "one.npz", "--batch=50"))[0] == 0
+    usual, written = sample.Dump.write, []
+
+    def write_five(dump, group, images):
+        if len(written) == 5:
+            raise OSError("interrupted")
+        written.append(group)
+        usual(dump, group, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample.Dump, "write", write_five)
+        assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "two.npz", "--batch=32"))[0] == 1
+    assert not (tmp_path / "two.npz").exists()
+    result = run_in_shell("sample.py", "--ckpt", checkpoint, *dump_flags(tmp_path / "two.npz", "--batch=32"), ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "two.npz"]
+    with np.load(tmp_path / "one.npz", allow_pickle=False) as archive:
+        images, labels, settings = archive["arr_0"], archive["labels"].tolist(), json.loads(str(archive["settings"]))
+    assert len({image.tobytes() for image in images}) == 200  # no image twice
+    assert labels != sorted(labels)
+    assert [labels.count(label) for label in range(3)] == [67, 67, 66]
+    assert len(settings["transformer_sha256"]) == 64
+    assert "rounded to nearest" in settings["uint8"]
+
+
+def test_an_image_depends_on_seed_and_number_alone(checkpoint, tmp_path, command):
+    """Not on how many there are: the first of 21 and of 40 are the same."""
+    for num in (21, 40):
+        flags = ["--out", tmp_path / f"{num}", "--format=png", f"--num={num}", "--classes=1", "--seed=3"]
+        assert command("--ckpt", checkpoint, *flags)[0] == 0
+    for n in range(21):
+        name = f"{n:06d}_class0001.png"
+        assert (tmp_path / "21" / name).read_bytes() == (tmp_path / "40" / name).read_bytes()
+    assert json.loads((tmp_path / "40.json").read_text())["num"] == 40
+
+
+def test_an_unfinished_dump_of_other_settings_is_refused(checkpoint, tmp_path, command, monkeypatch):
+    def fail(dump):
+        raise OSError("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample.Dump, "finish", fail)
+        assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "s.npz"))[0] == 1
+    code, _, errors = command("--ckpt", checkpoint, *dump_flags(tmp_path / "s.npz", "--cfg=3"))
+    assert code == 1
+    assert "an unfinished dump with cfg 1.5 is there, this command has 3.0" in errors
+    assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "s.npz"))[0] == 0
 
 
 def test_png_files_are_numbered_and_named_by_class(checkpoint, tmp_path, command):
@@ -123,7 +179,7 @@ def test_classes_are_labels_or_names(text, labels):
 def test_scales_end_with_the_image_in_smooth_mode_too(checkpoint, tokenizer):
     config = sample.SampleConfig("a", "b", preset="visual")
     transformer, vae = load_transformer(checkpoint), load_tokenizer(tokenizer)
-    (generation,) = sample.sample_batches(transformer, vae, [0, 1, 2], config)
+    (generation,) = sample.sample_groups(transformer, vae, [0, 1, 2], config, [0])
     pictures = sample.scale_pictures(vae, generation)
     assert pictures.shape == (3, 4, 16, 16, 3)
     np.testing.assert_array_equal(pictures[:, -1], sample.plots.to_uint8(generation.images))

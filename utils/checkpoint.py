@@ -5,6 +5,7 @@ averaged weights stand beside them, or all tensors in shards. Released files are
 are refused: .pth files load with weights_only=True, everything else is safetensors or JSON.
 """
 
+import hashlib
 import json
 import pickle
 import re
@@ -226,6 +227,15 @@ def save_model(directory: Path, model: VQVAE | ScaleTransformer, description: De
     """Write model.safetensors and config.json into an existing directory."""
     write_tensors(directory / "model.safetensors", model.state_dict())
     write_config(directory, model.config, description)
+
+
+def weights_hash(model: nn.Module, *further: str) -> str:
+    """SHA-256 over the names and values of all weights, and over further words."""
+    digest = hashlib.sha256("".join(further).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def write_config(directory: Path, config: TokenizerConfig | TransformerConfig, description: Description) -> None:

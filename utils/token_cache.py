@@ -20,6 +20,7 @@ from torch import Tensor
 
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE
+from utils.checkpoint import weights_hash
 from utils.config import from_dict
 from utils.data import ImageFiles, TrainOrder, in_order
 from utils.files import replace_text, sha256
@@ -107,11 +108,7 @@ def array_bytes(images: int, views: int, num_tokens: int) -> dict[str, int]:
 
 def fingerprint(tokenizer: VQVAE) -> str:
     """SHA-256 over the names and values of all weights, and over how codes are looked up."""
-    digest = hashlib.sha256(f"normalize_lookup={tokenizer.config.normalize_lookup}".encode())
-    for name, tensor in sorted(tokenizer.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return weights_hash(tokenizer, f"normalize_lookup={tokenizer.config.normalize_lookup}")
 
 
 def listing_hash(root: str | Path, train: ImageFiles, val: ImageFiles) -> str:

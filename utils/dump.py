@@ -1,0 +1,111 @@
+"""A dump of many images: made in groups by any number of ranks, resumable, and put together without holding it in memory.
+
+A group is a file of its own until all are there; then they become one .npz in a shuffled order (evaluators cut what they get into
+consecutive parts, so the Inception score of a class-sorted dump is too low), or they are PNG files already. Groups do not depend
+on who computes them.
+"""
+
+import json
+import os
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils.files import replace_text
+
+
+@dataclass(frozen=True)
+class Dump:
+    """Where a dump goes and what is in it.
+
+    out: an .npz file, or a directory of PNG files. labels: of every image. group: images that are computed together.
+    settings: everything that the images depend on, kept with them.
+    """
+
+    out: Path
+    labels: list[int]
+    group: int
+    settings: dict
+
+    @property
+    def parts(self) -> Path:
+        """The directory of what is not finished."""
+        return self.out.with_name(f".{self.out.name}.parts")
+
+    @property
+    def is_npz(self) -> bool:
+        return self.settings["format"] == "npz"
+
+    def numbers(self, group: int) -> range:
+        """The images of a group."""
+        return range(group * self.group, min((group + 1) * self.group, len(self.labels)))
+
+    def begin(self) -> None:
+        """Note what is being made. ValueError, and nothing changed, where something else was begun there."""
+        plan = self.parts / "plan.json"
+        if plan.exists():
+            begun = json.loads(plan.read_text())
+            for name in sorted(begun.keys() | self.settings.keys()):
+                if begun.get(name) != self.settings.get(name):
+                    raise ValueError(
+                        f"{self.out}: an unfinished dump with {name} {begun.get(name)} is there, this command has "
+                        f"{self.settings.get(name)}: give what it was begun with, or remove {self.parts}"
+                    )
+        self.parts.mkdir(parents=True, exist_ok=True)
+        if not self.is_npz:
+            self.out.mkdir(exist_ok=True)
+        replace_text(plan, json.dumps(self.settings) + "\n")
+
+    def missing(self) -> list[int]:
+        """Groups that are not there yet, or not whole."""
+        files = {path.name for path in (self.parts if self.is_npz else self.out).iterdir()}
+        if self.is_npz:
+            return [group for group in self._groups() if f"{group:06d}.npy" not in files]
+        return [group for group in self._groups() if not all(self._png(n) in files for n in self.numbers(group))]
+
+    def write(self, group: int, images: np.ndarray) -> None:
+        """images (B, H, W, 3) uint8 of one group."""
+        if self.is_npz:
+            aside = self.parts / f".{group:06d}.writing.npy"
+            np.save(aside, images, allow_pickle=False)
+            os.replace(aside, self.parts / f"{group:06d}.npy")
+            return
+        for n, image in zip(self.numbers(group), images, strict=True):
+            aside = self.parts / f"{self._png(n)}"
+            Image.fromarray(image).save(aside)
+            os.replace(aside, self.out / self._png(n))
+
+    def finish(self) -> None:
+        """Put the groups together, once none is missing."""
+        if self.is_npz:
+            self._write_npz()
+        else:
+            replace_text(self.out.with_name(f"{self.out.name}.json"), json.dumps(self.settings, indent=1) + "\n")
+        shutil.rmtree(self.parts)
+
+    def _write_npz(self) -> None:
+        """arr_0 (N, H, W, 3) uint8, labels (N,) and settings, image after image."""
+        groups = [np.load(self.parts / f"{group:06d}.npy", mmap_mode="r", allow_pickle=False) for group in self._groups()]
+        order = np.random.default_rng(self.settings["seed"]).permutation(len(self.labels))
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(order), *groups[0].shape[1:])}
+        aside = self.parts / "all.npz"
+        with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for n in order:
+                    member.write(groups[n // self.group][n % self.group].tobytes())
+            others = {"labels": np.array(self.labels, np.int64)[order], "settings": np.asarray(json.dumps(self.settings))}
+            for name, values in others.items():
+                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
+                    np.lib.format.write_array(member, values, allow_pickle=False)
+        os.replace(aside, self.out)
+
+    def _groups(self) -> range:
+        return range(-(-len(self.labels) // self.group))
+
+    def _png(self, n: int) -> str:
+        return f"{n:06d}_class{self.labels[n]:04d}.png"
