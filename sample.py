@@ -1,8 +1,8 @@
 """Generate images: a labelled grid, a picture of the scales building up, a folder of PNG, or an .npz for evaluation.
 
 The transformer and its tokenizer may be ours or released ones. Image n depends on the seed and n alone: not on the batch size,
-on the number of images, or on how many ranks of torchrun share the work. A dump (png, npz) that was killed is resumed by the same
-command.
+on the number of images, or on how many ranks of torchrun share the work. A dump (png, npz) that was killed is resumed by the
+same command.
 """
 
 import csv
@@ -53,7 +53,7 @@ class SampleConfig:
     )
     num: int = flag(
         0,
-        "images in all, spread evenly over the classes; 0: a row per class of a grid, else one; torchrun takes --num for its own",
+        "images in all, evenly over the classes; 0: a row per class of a grid, else one; under torchrun: --num_images",
         "--num_images",
     )
     seed: int = flag(0, "of the sampling")

@@ -99,8 +99,8 @@ def generate(
     labels (B,) in 0 .. num_classes; num_classes stands for no class. guidance_scale: strength t = guidance_scale * k / (K - 1)
     at scale k = 0 .. K - 1, logits (1 + t) * cond - t * uncond; 0 computes no unconditional rows (and gives what strength 0
     gives). top_k, top_p: see filter_logits. smooth: mix code vectors by Gumbel-softmax instead of choosing one, for pictures,
-    never for FID; the indices returned are then those drawn and not used. generator: on the labels' device; one, or one for each
-    image, whose random numbers then do not depend on the others in the batch.
+    never for FID; the indices returned are then those drawn and not used. generator: on the labels' device; one, or one for
+    each image, whose random numbers then do not depend on the others in the batch.
 
     Returns images (B, 3, H, W) in [0, 1], K index tensors (B, h_k * w_k) and the features after each scale.
     ValueError if tokenizer and transformer do not fit.

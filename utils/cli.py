@@ -94,14 +94,17 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     With MVAR_TRACEBACK=1 in the environment the whole traceback is shown.
     """
+    is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         main()
     except Exception as error:
         if isinstance(error, (ValueError, OSError, FloatingPointError)) and os.environ.get("MVAR_TRACEBACK") != "1":
             complain(os.path.basename(sys.argv[0]), str(error))
-        else:
+        elif is_one_of_many:
             traceback.print_exc()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        else:
+            raise
+        if is_one_of_many:
             # one of many ranks goes at once: cleaning up could wait for the others, who wait for this one
             sys.stdout.flush()
             sys.stderr.flush()

@@ -1,8 +1,8 @@
 """A dump of many images: made in groups by any number of ranks, resumable, and put together without holding it in memory.
 
-A group is a file of its own until all are there; then they become one .npz in a shuffled order (evaluators cut what they get into
-consecutive parts, so the Inception score of a class-sorted dump is too low), or they are PNG files already. Groups do not depend
-on who computes them.
+A group is a file of its own until all are there; then they become one .npz in a shuffled order (evaluators cut what they get
+into consecutive parts, so the Inception score of a class-sorted dump is too low), or they are PNG files already. Groups do not
+depend on who computes them.
 """
 
 import json
