@@ -1,5 +1,5 @@
 # make test: lint and all tests.  make demo: train and sample on the embedded images.  make soak: kill a run 50 times and compare
-# its end (half an hour).  All set up .venv themselves.
+# its end (three quarters of an hour).  All set up .venv themselves.
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
+from safetensors.torch import load_file
 
 from models.tokenizer import TOKENIZER_PRESETS, VQVAE
 from utils import cli, evidence
@@ -29,7 +30,7 @@ from utils.cli import flag
 from utils.data import export_fashion_mnist
 from utils.files import written_aside
 from utils.log import read_entries, read_metrics
-from utils.run_checkpoints import CHECKSUMS, checkpoints, latest_checkpoint, step_of
+from utils.run_checkpoints import checkpoints, latest_checkpoint, step_of
 from utils.training_checkpoint import read_numbers
 
 CLOCK_FIELDS = ("time", "images_per_second", "memory_gb")  # of metrics.jsonl: they differ from run to run
@@ -150,11 +151,15 @@ def finish(flags: list[str], run: Path, ranks: int) -> None:
 def same(run: Path, other: Path) -> bool:
     """Whether all saved tensors and all logged figures are the same."""
     ends = [checkpoints(path)[-1] for path in (run, other)]
-    sums = [json.loads((end / CHECKSUMS).read_text()) for end in ends]
-    tensors = [{name: entry["sha256"] for name, entry in entries.items() if name.endswith(".safetensors")} for entries in sums]
+    # tensors, not files: shards hold theirs in the order in which they were written
+    tensors = [
+        {(file.name, name): tensor for file in sorted(end.rglob("*.safetensors")) for name, tensor in load_file(file).items()}
+        for end in ends
+    ]
+    same_tensors = tensors[0].keys() == tensors[1].keys() and all(torch.equal(tensors[0][k], tensors[1][k]) for k in tensors[0])
     numbers = [read_numbers(end) | {"seconds": 0.0} for end in ends]
     logs = [[{k: v for k, v in line.items() if k not in CLOCK_FIELDS} for line in read_metrics(path)] for path in (run, other)]
-    return tensors[0] == tensors[1] and numbers[0] == numbers[1] and logs[0] == logs[1]
+    return same_tensors and numbers[0] == numbers[1] and logs[0] == logs[1]
 
 
 def main() -> None:
