@@ -1,0 +1,346 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from commands import run_in_process, script
+from PIL import Image
+from torch import nn
+
+from utils.features import Features
+from utils.metrics import frechet_distance, inception_score, moments, precision_recall
+
+evaluate = script("evaluate")
+
+
+class SmallExtractor(nn.Module):
+    """Mean, spread and other sums of an image instead of a network's features, fast and easy to follow."""
+
+    name = "efflite0"
+    distance_name = "FD-EffLite0"
+    score_name = "IS-EffLite0"
+    dim = 5
+    spatial_dim = 0
+    fingerprint = published = "small"
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(5, 7, generator=generator))
+
+    def forward(self, images):
+        pixels = images.float() / 255
+        colours = pixels.mean((1, 2))
+        pooled = torch.stack([*colours.T, pixels.std((1, 2, 3)), pixels[:, 0].mean((1, 2))], dim=1)
+        return Features(pooled, pooled @ self.weight)
+
+
+class SpatialExtractor(SmallExtractor):
+    """With spatial features, as Inception has them."""
+
+    name = "inception"
+    distance_name = "FID"
+    score_name = "Inception score"
+    spatial_dim = 3
+    published = "another"
+
+    def forward(self, images):
+        return super().forward(images)._replace(spatial=images[:, 0, 0].float() / 255)
+
+
+class BrokenExtractor(SmallExtractor):
+    """NaN for images whose first pixel is white."""
+
+    def forward(self, images):
+        features = super().forward(images)
+        return features._replace(pooled=features.pooled.where(images[:, 0, 0, :1] != 255, torch.nan))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(evaluate, "load_extractor", lambda name, weights: SmallExtractor().requires_grad_(False))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Called with file names in the test's folder; exit code, output, and errors without the progress bar."""
+
+    def call(*words):
+        words = [tmp_path / word if str(word).split(".")[0] in NAMES else word for word in words]
+        code, output, errors = run_in_process(evaluate.main, words, monkeypatch, capsys)
+        return (
+            code,
+            output,
+            "".join(line for line in errors.splitlines(keepends=True) if line.strip() and "image/s" not in line),
+        )
+
+    return call
+
+
+NAMES = ("samples", "real", "other", "statistics", "scores", "pictures", "none")
+
+
+def some_images(count: int, seed: int = 0, brightness: int = 256, height: int = 8, width: int = 8) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    means = rng.integers(0, brightness // 2, (count, 1, 1, 3))
+    return (means + rng.integers(0, brightness // 2, (count, height, width, 3))).astype(np.uint8)
+
+
+def stored_scores(tmp_path, column: str = "samples") -> dict:
+    return json.loads((tmp_path / "scores.json").read_text())["scores"][column]
+
+
+def save(tmp_path, **sets):
+    for name, images in sets.items():
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+
+
+def features_of(images: np.ndarray) -> Features:
+    with torch.no_grad():
+        return SmallExtractor()(torch.from_numpy(images))
+
+
+# --- scores -------------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_the_features(tmp_path, small, command):
+    made, real = some_images(37, seed=1, brightness=180), some_images(50)
+    save(tmp_path, samples=made, real=real)
+    words = ["samples.npz", "real.npz", "--json", "scores.json", "--batch=8", "--k=2", "--split=20"]
+    code, shown, errors = command(*words)
+    assert (code, errors) == (0, "")
+    ours, theirs = features_of(made), features_of(real)
+    distance = frechet_distance(*moments(ours.pooled), *moments(theirs.pooled))
+    precision, recall = precision_recall(theirs.pooled, ours.pooled, 2)
+    score = inception_score(ours.logits.softmax(1), 20)
+    stored = json.loads((tmp_path / "scores.json").read_text())
+    found = stored["scores"]["samples"]
+    assert (found["images"], found["reference images"]) == (37, 50)
+    assert found["FD-EffLite0"] == pytest.approx(distance, rel=1e-4)
+    assert found["IS-EffLite0"] == pytest.approx(score, rel=1e-5)
+    assert (found["precision"], found["recall"]) == (precision, recall)
+    assert (stored["settings"]["k"], stored["settings"]["batch"], stored["pixels"]) == (2, 8, [8, 8])
+    assert stored["extractor"] == {"name": "efflite0", "weights_sha256": "small"}
+    for name, value in found.items():
+        assert any(line.startswith(name) and f"{value:.4f}".rstrip("0").rstrip(".") in line for line in shown.splitlines())
+
+
+def test_a_set_is_at_no_distance_from_itself(tmp_path, small, command):
+    save(tmp_path, samples=some_images(20))
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, image in enumerate(some_images(20)):
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+    assert command("samples.npz", "pictures", "--json=" + str(tmp_path / "scores.json"))[0] == 0
+    found = stored_scores(tmp_path)
+    assert found["FD-EffLite0"] == pytest.approx(0, abs=1e-6)
+    assert (found["precision"], found["recall"]) == (1, 1)
+
+
+def test_real_images_are_scored_beside_the_samples(tmp_path, small, command):
+    made, real, other = some_images(30, seed=1, brightness=120), some_images(40, seed=2), some_images(30, seed=3)
+    save(tmp_path, samples=made, real=real, other=other)
+    code, shown, errors = command("samples.npz", "real.npz", "--real", "other.npz", "--json", "scores.json")
+    assert (code, errors) == (0, "")
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert list(scores) == ["samples", "real"]
+    assert shown.splitlines()[0].split() == ["samples", "real"]
+    expected = frechet_distance(*moments(features_of(other).pooled), *moments(features_of(real).pooled))
+    assert scores["real"]["FD-EffLite0"] == pytest.approx(expected, rel=1e-4)
+    assert scores["real"]["FD-EffLite0"] < scores["samples"]["FD-EffLite0"]
+
+
+def test_halves_of_the_reference_have_no_image_in_common(tmp_path, small, command):
+    save(tmp_path, samples=some_images(30, seed=1), real=some_images(41))
+    code, shown, _ = command("samples.npz", "real.npz", "--halves", "--json", "scores.json")
+    assert code == 0
+    halves = stored_scores(tmp_path, "real, halves")
+    assert (halves["images"], halves["reference images"]) == (20, 21)
+    assert 0 < halves["FD-EffLite0"] < 1
+    whole = evaluate.measure(SmallExtractor(), evaluate.open_images(tmp_path / "real.npz"), 16)
+    one, other = evaluate.in_halves(whole)
+    rows = {tuple(row.tolist()) for row in torch.cat([one.features.pooled, other.features.pooled])}
+    assert rows == {tuple(row.tolist()) for row in whole.features.pooled}
+    assert len(rows) == 41
+
+
+def test_statistics_give_the_same_distance_and_need_images_for_the_rest(tmp_path, small, command):
+    save(tmp_path, samples=some_images(30, seed=1), real=some_images(40))
+    code, shown, errors = command("stats", "real.npz", "--out", "statistics.npz")
+    assert (code, errors) == (0, "")
+    assert "statistics of 40 images of 8x8 pixels" in shown
+    for reference in ("real", "statistics"):
+        code, shown, errors = command("samples.npz", f"{reference}.npz", "--json", f"scores.{reference}.json")
+        assert (code, errors) == (0, "")
+    lines = [line.split(maxsplit=1) for line in shown.splitlines()]
+    assert ["precision", "needs images"] in lines
+    assert ["recall", "needs images"] in lines
+    by_images, by_statistics = (
+        json.loads((tmp_path / f"scores.{name}.json").read_text())["scores"]["samples"] for name in ("real", "statistics")
+    )
+    assert by_statistics["precision"] is by_statistics["recall"] is None
+    assert by_statistics == {**by_images, "precision": None, "recall": None}
+
+
+def test_few_images_are_remarked_on(tmp_path, small, command):
+    save(tmp_path, samples=some_images(5, seed=1), real=some_images(40))
+    assert "FD-EffLite0 from 5 images, not more than the 5 features, is too large" in command("samples.npz", "real.npz")[1]
+
+
+def test_samples_sorted_by_class_are_remarked_on(tmp_path, small, command):
+    dark, bright = np.zeros((20, 8, 8, 3), np.uint8), np.full((20, 8, 8, 3), 250, np.uint8)
+    real = some_images(40)
+    mixed = np.stack([dark, bright], axis=1).reshape(40, 8, 8, 3)
+    save(tmp_path, samples=np.concatenate([dark, bright]), other=mixed, real=real)
+    remark = "they seem to be sorted by class"
+    assert remark in command("samples.npz", "real.npz", "--split=20")[1]
+    assert remark not in command("other.npz", "real.npz", "--split=20")[1]
+    assert remark not in command("samples.npz", "real.npz")[1]
+
+
+def test_the_real_network_tells_noise_from_pictures(tmp_path, command):
+    y, x = np.mgrid[:32, :32]
+    waves = [np.sin(x / (3 + i) + phase) + np.cos(y / (2 + i)) for i in range(6) for phase in (0, 1)]
+    pictures = np.stack([(127 + 60 * wave)[..., None].repeat(3, axis=-1) for wave in waves]).astype(np.uint8)
+    save(tmp_path, samples=some_images(12, height=32, width=32), real=pictures[::2], other=pictures[1::2])
+    code, shown, errors = command("samples.npz", "real.npz", "--real", "other.npz", "--json", "scores.json")
+    assert (code, errors) == (0, "")
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert scores["samples"]["FD-EffLite0"] > 2 * scores["real"]["FD-EffLite0"] > 0
+    assert "FID" not in shown
+
+
+@pytest.fixture
+def spatial(monkeypatch):
+    monkeypatch.setattr(evaluate, "load_extractor", lambda name, weights: SpatialExtractor().requires_grad_(False))
+
+
+INCEPTION = ("--extractor=inception", "--json", "scores.json", "--overwrite")
+
+
+def test_with_inception_there_is_a_distance_of_spatial_features(tmp_path, spatial, command):
+    made, real = some_images(30, seed=1, brightness=120), some_images(40)
+    save(tmp_path, samples=made, real=real)
+    code, shown, errors = command("samples.npz", "real.npz", "--halves", *INCEPTION)
+    assert (code, errors) == (0, "")
+    names = ["images", "reference images", "FID", "sFID", "Inception score", "precision", "recall"]
+    assert [line[:18].strip() for line in shown.splitlines()[1:8]] == names
+    assert "the weights are not those published for FID" in shown
+    corners = [moments(images[:, 0, 0] / np.float32(255)) for images in (made, real)]
+    assert stored_scores(tmp_path)["sFID"] == pytest.approx(frechet_distance(*corners[0], *corners[1]), rel=1e-4)
+    assert 0 < stored_scores(tmp_path, "real, halves")["sFID"] < stored_scores(tmp_path)["sFID"]
+    by_images = stored_scores(tmp_path)
+    assert command("stats", "real.npz", "--out", "statistics.npz", "--extractor=inception")[0] == 0
+    assert command("samples.npz", "statistics.npz", *INCEPTION)[0] == 0
+    assert stored_scores(tmp_path) == {**by_images, "precision": None, "recall": None}
+
+
+def test_references_of_the_openai_evaluator_give_their_own_statistics(tmp_path, spatial, command):
+    made, real = some_images(30, seed=1), some_images(40)
+    save(tmp_path, samples=made)
+    whole, corners = (
+        moments(images) for images in (features_of(some_images(90, seed=3)).pooled, some_images(90)[:, 0, 0] / 255)
+    )
+    values = {"mu": whole[0], "sigma": whole[1], "mu_s": corners[0], "sigma_s": corners[1]}
+    np.savez(tmp_path / "real.npz", arr_0=real, **values)
+    code, shown, errors = command("samples.npz", "real.npz", *INCEPTION)
+    assert (code, errors) == (0, "")
+    ours = features_of(made).pooled
+    found = stored_scores(tmp_path)
+    assert found["FID"] == pytest.approx(frechet_distance(*moments(ours), *whole), rel=1e-4)
+    assert found["sFID"] == pytest.approx(frechet_distance(*moments(made[:, 0, 0] / np.float32(255)), *corners), rel=1e-4)
+    assert (found["precision"], found["recall"]) == precision_recall(features_of(real).pooled, ours)
+    assert "reference images           unknown" in shown
+    np.savez(tmp_path / "real.npz", mu=whole[0], sigma=whole[1])
+    assert command("samples.npz", "real.npz", *INCEPTION)[0] == 0
+    assert stored_scores(tmp_path) == {**found, "sFID": None, "precision": None, "recall": None}
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["other.npz", "real.npz"],
+            "other.npz: 9x8 pixels, {tmp}/real.npz: 8x8 pixels: only images of one size can be compared",
+        ),
+        (["real.npz", "samples.npz", "--real", "other.npz"], "real.npz: 8x8 pixels, {tmp}/other.npz: 9x8 pixels"),
+        (["other.npz", "statistics.npz"], "other.npz: 9x8 pixels, {tmp}/statistics.npz: 8x8 pixels"),
+        (["samples.npz", "real.npz", "--k=30"], "samples.npz: 30 images, k=30 neighbours need at least 31: give more"),
+        (["real.npz", "samples.npz", "--k=30"], "samples.npz: 30 images, k=30 neighbours need at least 31: give more"),
+        (["samples.npz", "real.npz", "--k=20", "--halves"], "real.npz: 40 images, halves and k=20 neighbours need at least 42"),
+        (["samples.npz", "statistics.npz", "--halves"], "statistics.npz: statistics cannot be halved"),
+        (["samples.npz", "none.npz"], "none.npz: no such file or folder"),
+        (["pictures", "real.npz"], "pictures: no pictures"),
+        (["samples.npz", "pictures"], "pictures: no pictures"),
+        (["statistics.npz", "real.npz"], "statistics.npz: has mu float64 (5,), sigma float64 (5, 5)"),
+        (["stats", "pictures", "--out", "scores.npz"], "pictures: no pictures"),
+        (["stats", "real.npz", "--out", "pictures.npz"], "pictures.npz: is a directory: give --out the name of a file"),
+        (
+            ["stats", "real.npz", "--out", "statistics.npz"],
+            "statistics.npz: is there already: give another --out, or --overwrite",
+        ),
+    ],
+)
+def test_input_that_cannot_be_scored_gets_one_line(tmp_path, small, command, words, message):
+    save(tmp_path, samples=some_images(30, seed=1), real=some_images(40), other=some_images(30, width=9))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures.npz").mkdir()
+    assert command("stats", "real.npz", "--out", "statistics.npz")[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    code, shown, errors = command(*words, *([] if words[0] == "stats" else ["--json", "scores.json"]))
+    assert (code, shown) == (1, "")
+    assert message.format(tmp=tmp_path) in errors
+    assert errors.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_one_image_has_no_statistics(tmp_path, small, command):
+    save(tmp_path, real=some_images(1))
+    code, _, errors = command("stats", "real.npz", "--out", "statistics.npz")
+    assert code == 1
+    assert "real.npz: 1 image, a covariance needs at least 2: give more" in errors
+
+
+def test_features_that_are_not_finite_name_their_set(tmp_path, monkeypatch, command):
+    monkeypatch.setattr(evaluate, "load_extractor", lambda name, weights: BrokenExtractor().requires_grad_(False))
+    made = some_images(30, seed=1, brightness=120)
+    made[20, 0, 0] = 255
+    save(tmp_path, samples=made, real=some_images(40, brightness=120))
+    code, shown, errors = command("samples.npz", "real.npz", "--json", "scores.json", "--batch=8")
+    assert (code, shown) == (1, "")
+    assert "samples.npz: features of images 16 to 23 are not finite" in errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_scores_are_not_overwritten_unasked(tmp_path, small, command):
+    save(tmp_path, samples=some_images(30, seed=1), real=some_images(40))
+    (tmp_path / "scores.json").write_text("mine")
+    words = ["samples.npz", "real.npz", "--json", "scores.json"]
+    code, _, errors = command(*words)
+    assert code == 1
+    assert "scores.json: is there already: give another --json, or --overwrite" in errors
+    assert (tmp_path / "scores.json").read_text() == "mine"
+    assert command(*words, "--overwrite")[0] == 0
+    assert "scores" in json.loads((tmp_path / "scores.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["samples.npz"], "the following arguments are required: reference"),
+        (["samples.npz", "real.npz", "--real=a.npz", "--halves"], "--real=a.npz with --halves: both are scores of real images"),
+        (["samples.npz", "real.npz", "--k=0"], "--k=0, --split=5000: give at least 1 each"),
+        (["samples.npz", "real.npz", "--batch=-1"], "--batch=-1: give at least 1, or 0"),
+        (["stats", "real.npz"], "the following arguments are required: --out"),
+        (["stats", "real.npz", "--out=statistics.json"], "--out=statistics.json: statistics are an .npz"),
+    ],
+)
+def test_wrong_flags_get_one_line(command, words, message):
+    code, _, errors = command(*words)
+    assert code == 2
+    assert message in errors
+    assert errors.count("\n") == 1

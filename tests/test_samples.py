@@ -1,0 +1,273 @@
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.samples import Gaussian, Statistics, open_images, open_reference, read_statistics, write_statistics
+
+
+def random_images(count: int = 5, height: int = 6, width: int = 4) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def save_pictures(folder: Path, images: np.ndarray, names: list[str]) -> Path:
+    for name, image in zip(names, images, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / name)
+    return folder
+
+
+class Trap:
+    """An object that writes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+# --- archives -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_archives_are_read_in_their_order(tmp_path, save):
+    images = random_images()
+    save(tmp_path / "a.npz", labels=np.arange(5), arr_0=images)
+    found = open_images(tmp_path / "a.npz")
+    assert (found.count, found.height, found.width) == (5, 6, 4)
+    batches = list(found.batches(2))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    assert np.array_equal(np.concatenate(batches), images)
+    assert batches[0].dtype == np.uint8
+
+
+def test_without_arr_0_the_first_images_are_taken(tmp_path):
+    images = random_images()
+    np.savez(tmp_path / "a.npz", labels=np.arange(5), grey=images[..., 0], samples=images, others=images[:2])
+    assert np.array_equal(np.concatenate(list(open_images(tmp_path / "a.npz").batches(8))), images)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_large_archives_are_not_held_in_memory(tmp_path, save):
+    images = np.random.default_rng(0).integers(0, 256, (2000, 32, 32, 3), dtype=np.uint8)
+    save(tmp_path / "a.npz", arr_0=images)
+    tracemalloc.start()
+    try:
+        count = sum(len(batch) for batch in open_images(tmp_path / "a.npz").batches(16))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 2000
+    assert peak < images.nbytes / 5
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"arr_0": np.zeros((5, 8, 8, 3), np.float32)}, r"bad.npz: has arr_0 float32 \(5, 8, 8, 3\): images are uint8"),
+        ({"arr_0": np.zeros((5, 8, 8), np.uint8)}, r"has arr_0 uint8 \(5, 8, 8\)"),
+        ({"arr_0": np.zeros((5, 8, 8, 1), np.uint8)}, r"has arr_0 uint8 \(5, 8, 8, 1\)"),
+        ({"arr_0": np.zeros((5, 3, 8, 8), np.uint8)}, r"has arr_0 uint8 \(5, 3, 8, 8\)"),
+        ({"arr_0": np.zeros((5, 8, 8, 3), np.uint8).T.copy().T}, r"has arr_0 uint8 \(5, 8, 8, 3\) in columns"),
+        ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, r"arr_0 uint8 \(0, 8, 8, 3\) holds no images"),
+        ({"a": np.zeros(1), "b": np.zeros(2)}, r"has a float64 \(1,\), b float64 \(2,\): images are uint8"),
+        ({}, "has no arrays"),
+    ],
+)
+def test_other_arrays_get_one_line(tmp_path, arrays, message):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_images(tmp_path / "bad.npz")
+    assert "\n" not in str(caught.value)
+
+
+def test_pickled_objects_are_refused_and_not_executed(tmp_path):
+    np.savez(tmp_path / "trap.npz", labels=np.array([Trap(tmp_path / "executed")], object), arr_0=random_images())
+    with pytest.raises(ValueError, match="trap.npz: not a readable .npz .labels holds pickled objects, which are not loaded"):
+        open_images(tmp_path / "trap.npz")
+    assert not (tmp_path / "executed").exists()
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_the_array(path: Path) -> None:
+    """A whole archive whose array is shorter than its header says."""
+    with zipfile.ZipFile(path) as archive:
+        data = archive.read("arr_0.npy")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", data[:-10])
+
+
+def change_a_pixel(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[300] ^= 255
+    path.write_bytes(data)
+
+
+def break_the_header(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': 'wrong'")
+
+
+def other_version(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x07\x00")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (cut_in_half, "not a zip file"),
+        (cut_the_array, "arr_0 uint8 .5, 6, 4, 3. needs 488 bytes, there are 478"),
+        (change_a_pixel, "CRC"),
+        (break_the_header, "header"),
+        (other_version, "version"),
+        (lambda path: path.write_text("image,label\n"), "not a zip file"),
+        (lambda path: path.write_bytes(b""), "not a zip file"),
+    ],
+)
+def test_damaged_archives_get_one_line(tmp_path, damage, reason):
+    path = tmp_path / "bad.npz"
+    np.savez(path, arr_0=random_images())
+    damage(path)
+    with pytest.raises(ValueError, match=f"bad.npz: not a readable .npz .*{reason}.*: make or copy it again") as caught:
+        list(open_images(path).batches(2))
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_there_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.npz: no such file or folder"):
+        open_images(tmp_path / "none.npz")
+
+
+# --- folders ------------------------------------------------------------------------------------------------------------
+
+
+def test_folders_are_read_in_the_order_of_their_paths(tmp_path):
+    images = random_images(4)
+    names = ["b/0.png", "a/1.PNG", "c.png", "a/0.png"]
+    folder = save_pictures(tmp_path / "set", images, names)
+    (folder / "labels.json").write_text("{}")
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "x.png").write_text("not read")
+    found = open_images(folder)
+    assert (found.count, found.height, found.width) == (4, 6, 4)
+    assert np.array_equal(np.concatenate(list(found.batches(3))), images[[3, 1, 0, 2]])
+
+
+def test_grey_and_jpeg_pictures_become_rgb(tmp_path):
+    flat = np.full((8, 8, 3), 100, np.uint8)
+    folder = save_pictures(tmp_path, np.stack([flat]), ["a.jpg"])
+    Image.fromarray(flat[..., 0]).save(folder / "b.png")
+    assert np.array_equal(np.concatenate(list(open_images(folder).batches(2))), np.stack([flat, flat]))
+
+
+def test_sixteen_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((8, 8), 3000, np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png: not a readable picture .pixels of mode I;16, 8 bits per channel are needed"):
+        open_images(tmp_path)
+
+
+def test_pictures_of_several_sizes_are_refused(tmp_path):
+    folder = save_pictures(tmp_path, random_images(1), ["a.png"])
+    save_pictures(folder, random_images(1, height=7), ["b.png"])
+    with pytest.raises(ValueError, match="b.png: 4x7 pixels, others 4x6: bring all to one size"):
+        list(open_images(folder).batches(2))
+
+
+def test_damaged_pictures_are_named(tmp_path):
+    folder = save_pictures(tmp_path, random_images(2, height=64, width=64), ["a.png", "b.png"])
+    cut_in_half(folder / "b.png")
+    with pytest.raises(ValueError, match="b.png: not a readable picture .*: repair or remove it") as caught:
+        list(open_images(folder).batches(2))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(ValueError, match="no pictures .*in this folder"):
+        open_images(tmp_path)
+
+
+# --- statistics ---------------------------------------------------------------------------------------------------------
+
+
+def some_statistics(dim: int = 3, spatial_dim: int = 0) -> Statistics:
+    spatial = Gaussian(np.arange(spatial_dim) / 7, 2 * np.eye(spatial_dim)) if spatial_dim else None
+    return Statistics("real", 10, 6, 4, Gaussian(np.arange(dim) / 3, np.eye(dim)), spatial)
+
+
+def assert_equal(found: Gaussian, expected: Gaussian) -> None:
+    assert np.array_equal(found.mean, expected.mean)
+    assert np.array_equal(found.covariance, expected.covariance)
+
+
+@pytest.mark.parametrize("spatial_dim", [0, 2])
+def test_statistics_come_back_as_they_were(tmp_path, spatial_dim):
+    path = tmp_path / "new" / "s.npz"
+    written = some_statistics(3, spatial_dim)
+    write_statistics(path, written, "small", "abc")
+    assert open_reference(path, "small") == (None, path)
+    found = read_statistics(path, "small", "abc", 3, spatial_dim)
+    assert (found.count, found.height, found.width) == (10, 6, 4)
+    assert_equal(found.pooled, written.pooled)
+    if spatial_dim:
+        assert_equal(found.spatial, written.spatial)
+    else:
+        assert found.spatial is None
+    assert [file.name for file in path.parent.iterdir()] == ["s.npz"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("other", "abc", 3), "s.npz: statistics of small, not of other"),
+        (("small", "def", 3), "s.npz: statistics made with other weights of small"),
+        (("small", "abc", 4), r"s.npz: mean \(3,\) and covariance \(3, 3\) instead of 4 features"),
+    ],
+)
+def test_statistics_of_another_network_are_refused(tmp_path, arguments, message):
+    write_statistics(tmp_path / "s.npz", some_statistics(), "small", "abc")
+    with pytest.raises(ValueError, match=message):
+        read_statistics(tmp_path / "s.npz", *arguments, 0)
+
+
+def test_damaged_statistics_are_refused(tmp_path):
+    path = tmp_path / "s.npz"
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3), extractor="small")
+    with pytest.raises(ValueError, match="s.npz: not a readable .npz .statistics without fingerprint"):
+        read_statistics(path, "small", "abc", 3, 0)
+    broken = some_statistics()
+    broken.pooled.mean[1] = np.nan
+    write_statistics(path, broken, "small", "abc")
+    with pytest.raises(ValueError, match="s.npz: has NaN or infinity"):
+        read_statistics(path, "small", "abc", 3, 0)
+
+
+def test_statistics_of_other_evaluators_are_those_of_inception(tmp_path):
+    path, spatial = tmp_path / "virtual.npz", {"mu_s": np.ones(2), "sigma_s": np.eye(2)}
+    np.savez(path, arr_0=random_images(), mu=np.zeros(3), sigma=np.eye(3), **spatial)
+    for_inception, for_others = open_reference(path, "inception"), open_reference(path, "efflite0")
+    assert (for_inception.images.count, for_inception.statistics) == (5, path)
+    assert (for_others.images.count, for_others.statistics) == (5, None)
+    found = read_statistics(path, "inception", "abc", 3, 2)
+    assert (found.count, found.height, found.width) == (None, None, None)
+    assert_equal(found.spatial, Gaussian(np.ones(2), np.eye(2)))
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+    assert open_reference(path, "inception") == (None, path)
+    assert read_statistics(path, "inception", "abc", 3, 2).spatial is None
+    with pytest.raises(ValueError, match="virtual.npz: has mu"):
+        open_reference(path, "efflite0")
+
+
+def test_a_reference_may_be_images(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=random_images())
+    assert open_reference(tmp_path / "a.npz", "inception").images.count == 5
+    folder = save_pictures(tmp_path / "set", random_images(2), ["a.png", "b.png"])
+    assert open_reference(folder, "inception").images.count == 2

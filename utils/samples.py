@@ -1,0 +1,281 @@
+"""Sets of images to be scored: an .npz of samples, as evaluators of any model read them, a folder of pictures, or statistics.
+
+Images are read batch by batch, so that 50,000 images need no more memory than one batch. Nothing in a file is executed.
+"""
+
+import contextlib
+import math
+import os
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+ORIGIN = ("extractor", "fingerprint", "count", "height", "width")  # of statistics: what they are of
+PICTURES = (".png", ".jpg", ".jpeg")
+# What zipfile and NumPy raise on archives that are damaged or something else altogether.
+DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,  # a compression that is unknown here
+    OSError,
+    RuntimeError,  # encrypted
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array in an archive: shape and type as its header says."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran_order: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} {self.shape}{' in columns' * self.fortran_order}"
+
+    @property
+    def is_images(self) -> bool:
+        return self.dtype == np.uint8 and len(self.shape) == 4 and self.shape[3] == 3 and not self.fortran_order
+
+
+@dataclass(frozen=True)
+class NpzImages:
+    """Images of an archive, in its order."""
+
+    source: str
+    array: str
+    count: int
+    height: int
+    width: int
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """(N, H, W, 3) uint8, N = size but for the last; ValueError where the file turns out to be damaged."""
+        with reading(self.source), zipfile.ZipFile(self.source) as archive, archive.open(f"{self.array}.npy") as member:
+            read_header(self.array, member)
+            for start in range(0, self.count, size):
+                shape = (min(size, self.count - start), self.height, self.width, 3)
+                data = bytearray(math.prod(shape))
+                view = memoryview(data)
+                filled = 0
+                while filled < len(data):
+                    got = member.readinto(view[filled:])
+                    if not got:
+                        raise EOFError(f"{self.array} ends in image {start + filled // math.prod(shape[1:])}")
+                    filled += got
+                yield np.frombuffer(data, np.uint8).reshape(shape)
+            member.read(1)  # only at its end is the checksum compared
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Pictures of a folder and the folders in it, in the order of their paths."""
+
+    source: str
+    paths: list[Path]
+    height: int
+    width: int
+
+    @property
+    def count(self) -> int:
+        return len(self.paths)
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """(N, H, W, 3) uint8, N = size but for the last; ValueError for a file that cannot be read or is of another size."""
+        for start in range(0, self.count, size):
+            images = []
+            for path in self.paths[start : start + size]:
+                image = read_picture(path)
+                if image.shape[:2] != (self.height, self.width):
+                    sizes = f"{image.shape[1]}x{image.shape[0]} pixels, others {self.width}x{self.height}"
+                    raise ValueError(f"{path}: {sizes}: bring all to one size")
+                images.append(image)
+            yield np.stack(images)
+
+
+class Gaussian(NamedTuple):
+    """Mean (D,) and covariance (D, D) of features."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the pooled features of images, and of their spatial ones where an extractor has them.
+
+    count, height, width: of the images; None in files of other evaluators, which do not say.
+    """
+
+    source: str
+    count: int | None
+    height: int | None
+    width: int | None
+    pooled: Gaussian
+    spatial: Gaussian | None = None
+
+
+class Reference(NamedTuple):
+    """What there is to compare with: images, a file of statistics, or both in one file."""
+
+    images: NpzImages | FolderImages | None
+    statistics: Path | None
+
+
+ImageSet = NpzImages | FolderImages
+
+
+def open_images(source: str | Path) -> ImageSet:
+    """The images of an .npz (arr_0, or else its first array of images) or of a folder of PNG and JPEG.
+
+    FileNotFoundError where there is nothing, ValueError, in one line, where what is there are no 8-bit RGB images of one size.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _open_folder(path)
+    arrays = read_arrays(path)
+    array = next((array for array in arrays if array.name == "arr_0"), None)
+    if array is None:
+        array = next((array for array in arrays if array.is_images), None)
+    if array is None or not array.is_images:
+        has = ", ".join(map(str, arrays[:4])) + (", ..." if len(arrays) > 4 else "")
+        raise ValueError(f"{path}: has {has or 'no arrays'}: images are uint8 (count, height, width, 3) in arr_0")
+    if 0 in array.shape:
+        raise ValueError(f"{path}: {array} holds no images: give a file that has some")
+    return NpzImages(str(path), array.name, *array.shape[:3])
+
+
+def open_reference(source: str | Path, extractor: str) -> Reference:
+    """Images, statistics that `write_statistics` wrote, or for "inception" those of another evaluator.
+
+    The OpenAI evaluator's (VIRTUAL_*.npz) have statistics of a whole data set and, for precision and recall, some images of it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return Reference(open_images(path), None)
+    arrays = read_arrays(path)
+    names = {array.name for array in arrays}
+    if {"mu", "sigma", "extractor"} <= names:
+        return Reference(None, path)
+    if {"mu", "sigma"} <= names and extractor == "inception":
+        return Reference(open_images(path) if any(array.is_images for array in arrays) else None, path)
+    return Reference(open_images(path), None)
+
+
+def read_statistics(path: Path, extractor: str, fingerprint: str, dim: int, spatial_dim: int) -> Statistics:
+    """Statistics of this extractor, whose features have these widths. ValueError where they are damaged or of another."""
+    with reading(path), np.load(path, allow_pickle=False) as archive:
+        wanted = ("mu", "sigma", "mu_s", "sigma_s", *ORIGIN)
+        values = {name: archive[name] for name in wanted if name in archive}
+        is_ours = "extractor" in values
+        missing = [name for name in ("mu", "sigma", *(ORIGIN if is_ours else ())) if name not in values]
+        if missing:
+            raise ValueError(f"statistics without {missing[0]}")
+        size = [int(values[name]) if is_ours else None for name in ("count", "height", "width")]
+    if is_ours and values["extractor"] != extractor:
+        raise ValueError(f"{path}: statistics of {values['extractor']}, not of {extractor}: give others, or its --extractor")
+    if is_ours and values["fingerprint"] != fingerprint:
+        raise ValueError(f"{path}: statistics made with other weights of {extractor}: make them again with these")
+    pooled = _gaussian(path, values["mu"], values["sigma"], dim)
+    has_spatial = spatial_dim > 0 and "mu_s" in values and "sigma_s" in values
+    spatial = _gaussian(path, values["mu_s"], values["sigma_s"], spatial_dim) if has_spatial else None
+    return Statistics(str(path), *size, pooled, spatial)
+
+
+def _gaussian(path: Path, mean: np.ndarray, covariance: np.ndarray, dim: int) -> Gaussian:
+    if (mean.shape, covariance.shape) != ((dim,), (dim, dim)):
+        raise ValueError(f"{path}: mean {mean.shape} and covariance {covariance.shape} instead of {dim} features: give others")
+    if not all(values.dtype.kind == "f" and np.isfinite(values).all() for values in (mean, covariance)):
+        raise ValueError(f"{path}: has NaN or infinity: make these statistics again")
+    return Gaussian(mean, covariance)
+
+
+def write_statistics(out: Path, statistics: Statistics, extractor: str, fingerprint: str) -> None:
+    """mu, sigma (mu_s, sigma_s) and what they are of; renamed when whole. fingerprint: of the extractor's weights."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.writing.npz")
+    values = dict(zip(("mu", "sigma"), statistics.pooled, strict=True))
+    if statistics.spatial:
+        values |= dict(zip(("mu_s", "sigma_s"), statistics.spatial, strict=True))
+    origin = (extractor, fingerprint, statistics.count, statistics.height, statistics.width)
+    np.savez(aside, **values, **dict(zip(ORIGIN, origin, strict=True)))
+    os.replace(aside, out)
+
+
+def read_arrays(path: Path) -> list[Array]:
+    """What an .npz holds, from the headers alone. ValueError for other files, truncated ones, and pickled objects."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file or folder: give an .npz or a folder of pictures")
+    arrays = []
+    with reading(path), zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if not info.filename.endswith(".npy"):
+                continue
+            with archive.open(info) as member:
+                array = read_header(info.filename.removesuffix(".npy"), member)
+                expected = member.tell() + math.prod(array.shape) * array.dtype.itemsize
+            if info.file_size != expected:
+                raise ValueError(f"{array} needs {expected:,} bytes, there are {info.file_size:,}")
+            arrays.append(array)
+    return arrays
+
+
+def read_header(name: str, member) -> Array:
+    """The header of an .npy file, which is then read up to its data. ValueError where the data are pickled objects."""
+    version = np.lib.format.read_magic(member)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"{name} is of the unknown version {version} of the format")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    try:
+        shape, fortran_order, dtype = read(member)
+    except (SyntaxError, TypeError, tokenize.TokenError) as error:
+        raise ValueError(f"the header of {name} is damaged") from error
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds pickled objects, which are not loaded")
+    if any(side < 0 for side in shape):
+        raise ValueError(f"{name} has the shape {shape}")
+    return Array(name, shape, dtype, fortran_order)
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turns what damaged archives raise into a ValueError that names the file."""
+    try:
+        yield
+    except DAMAGED as error:
+        raise ValueError(
+            f"{path}: not a readable .npz ({str(error) or type(error).__name__}): make or copy it again"
+        ) from error
+
+
+def _open_folder(folder: Path) -> FolderImages:
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
+    paths = sorted(
+        (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)),
+        key=lambda path: path.relative_to(folder).as_posix(),
+    )
+    if not paths:
+        raise ValueError(f"{folder}: no pictures ({', '.join(PICTURES)}) in this folder or those in it: give another")
+    height, width = read_picture(paths[0]).shape[:2]
+    return FolderImages(str(folder), paths, height, width)
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8; a grey picture of 8 bits gets three equal channels. ValueError for one that cannot be read."""
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):  # to 8 bits they would be cut, not scaled
+                raise ValueError(f"pixels of mode {file.mode}, 8 bits per channel are needed")
+            return np.asarray(file.convert("RGB"))
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        reason = str(error).removesuffix(f" {str(path)!r}")
+        raise ValueError(f"{path}: not a readable picture ({reason}): repair or remove it") from error
