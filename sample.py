@@ -6,6 +6,8 @@ same command.
 """
 
 import csv
+import itertools
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -25,18 +27,20 @@ from models.transformer import FAMILIES, ScaleTransformer
 from utils import cli, plots
 from utils.checkpoint import load_description, load_tokenizer_for, load_transformer, weights_hash
 from utils.cli import flag, required
-from utils.dump import Dump
+from utils.dump import Dump, finished_settings
 from utils.evidence import commit
 
 PRESETS = {
-    "fid": {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False},
-    "visual": {"cfg": 4.0, "top_k": 900, "top_p": 0.95, "smooth": True},
+    "fid": {"cfg": "1.5", "top_k": "900", "top_p": "0.96", "smooth": False},
+    "visual": {"cfg": "4.0", "top_k": "900", "top_p": "0.95", "smooth": True},
 }
+FID_IMAGES_PER_CLASS = 50
 GRID_COLUMNS = 8
 DEFAULT_CLASSES = 10  # rows of a grid where neither --classes nor --num says otherwise
 # Images that are always computed together. The rounding of a matrix product depends on its size, so the same image in a batch
 # of another size could come out otherwise.
 GROUP = {"cpu": 16, "cuda": 64}
+NOT_SETTINGS = ("out", "overwrite", "batch")  # flags that no image depends on
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,19 @@ class SampleConfig:
     )
     num: int = flag(
         0,
-        "images in all, evenly over the classes; 0: a row per class of a grid, else one; under torchrun: --num_images",
+        "images in all, evenly over the classes; 0: of each class a row of a grid, 50 with --preset=fid, else one; "
+        "under torchrun: --num_images",
         "--num_images",
     )
     seed: int = flag(0, "of the sampling")
-    preset: str = flag("fid", "cfg, top_k, top_p and smooth at once; flags given beside it win", choices=tuple(PRESETS))
-    cfg: float | None = flag(None, "guidance scale, 0 for none")
-    top_k: int | None = flag(None, "keep the so many likeliest codes, 0: all")
-    top_p: float | None = flag(None, "of those keep the likeliest with this mass, 0: all")
+    preset: str = flag(
+        "",
+        "cfg, top_k, top_p and smooth at once, flags beside it win; none: as fid, which also makes 50 images of each class",
+        choices=("", *PRESETS),
+    )
+    cfg: str | None = flag(None, "guidance scale, 0 for none; several, such as 1.25,1.5,1.75, are sampled one after another")
+    top_k: str | None = flag(None, "keep the so many likeliest codes, 0: all; or several")
+    top_p: str | None = flag(None, "of those keep the likeliest with this mass, 0: all; or several")
     smooth: bool | None = flag(None, "mix codes by Gumbel-softmax: for pictures only")
     batch: int = flag(
         64, "images that a rank takes at a time, in whole groups of 16 (on GPUs 64) that are always computed alike"
@@ -72,9 +81,56 @@ class SampleConfig:
     def __post_init__(self):
         if self.batch < 1 or self.num < 0:
             raise ValueError(f"--batch={self.batch}, --num={self.num}: give at least 1 image at a time and 0 or more in all")
-        for name, value in PRESETS[self.preset].items():
+        for name, value in PRESETS[self.preset or "fid"].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        self.sweep()
+
+    @property
+    def is_dump(self) -> bool:
+        return self.format in ("png", "npz")
+
+    def sweep(self) -> list["Setting"]:
+        """Every combination of the values of --cfg, --top_k and --top_p; ValueError for values that are none."""
+        values = {name: _numbers(name, getattr(self, name), kind) for name, kind in SWEPT.items()}
+        varied = [name for name in SWEPT if len(values[name]) > 1]
+        settings = []
+        for combination in itertools.product(*values.values()):
+            chosen = dict(zip(SWEPT, combination, strict=True))
+            name = "".join(f"-{name}{chosen[name]:g}" for name in varied)
+            out = Path(self.out)
+            is_folder = self.format == "png"
+            out = out.with_name(out.name + name if is_folder else out.stem + name + out.suffix)
+            settings.append(Setting(out, chosen["cfg"], chosen["top_k"], chosen["top_p"], self.smooth))
+        return settings
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How images are drawn, and where they go."""
+
+    out: Path
+    cfg: float
+    top_k: int
+    top_p: float
+    smooth: bool
+
+
+SWEPT: dict[str, type] = {"cfg": float, "top_k": int, "top_p": float}
+
+
+def _numbers(name: str, text: str, kind: type) -> list:
+    """'1.25,1.5' -> [1.25, 1.5]"""
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 0 or (name == "top_p" and max(values) > 1) or not all(map(math.isfinite, values)):
+        what = f"{'a whole number' if kind is int else 'a number'} of 0{' to 1' if name == 'top_p' else ' or more'}"
+        raise ValueError(f"--{name}={text}: give {what}, or several with commas between them")
+    if len(set(values)) < len(values):
+        raise ValueError(f"--{name}={text}: has a value twice: leave one out")
+    return values
 
 
 def parse_classes(text: str, class_names: list[str], num_classes: int) -> list[int]:
@@ -95,7 +151,8 @@ def parse_classes(text: str, class_names: list[str], num_classes: int) -> list[i
 
 def all_labels(config: SampleConfig, classes: list[int], num_classes: int) -> list[int]:
     """The label of every image, class after class."""
-    per_class = GRID_COLUMNS if config.format == "grid" else 1
+    in_dump = FID_IMAGES_PER_CLASS if config.preset == "fid" and config.is_dump else 1
+    per_class = GRID_COLUMNS if config.format == "grid" else in_dump
     num = config.num or per_class * len(classes)
     if config.classes == "random":
         return sorted(draw_labels(num_classes, num, torch.Generator().manual_seed(config.seed)).tolist())
@@ -103,7 +160,7 @@ def all_labels(config: SampleConfig, classes: list[int], num_classes: int) -> li
 
 
 def sample_groups(
-    transformer: ScaleTransformer, tokenizer: VQVAE, labels: list[int], config: SampleConfig, groups: list[int]
+    transformer: ScaleTransformer, tokenizer: VQVAE, labels: list[int], seed: int, setting: Setting, groups: list[int]
 ) -> Iterator[Generation]:
     """The images of each group, from random numbers of their own; labels: of all images, of all groups."""
     device = next(transformer.parameters()).device
@@ -115,11 +172,11 @@ def sample_groups(
             transformer,
             tokenizer,
             own,
-            guidance_scale=config.cfg,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            smooth=config.smooth,
-            generator=[torch.Generator(device).manual_seed(image_seed(config.seed, n)) for n in numbers],
+            guidance_scale=setting.cfg,
+            top_k=setting.top_k,
+            top_p=setting.top_p,
+            smooth=setting.smooth,
+            generator=[torch.Generator(device).manual_seed(image_seed(seed, n)) for n in numbers],
         )
         count = min(size, len(labels) - numbers.start)
         indices, sums = ([part[:count] for part in parts] for parts in (generation.indices, generation.sums))
@@ -157,7 +214,9 @@ def check_out(out: Path, config: SampleConfig) -> None:
     if config.format != "png" and out.is_dir():
         raise ValueError(f"{out}: is a directory, --format={config.format} writes one file: give its name")
     unfinished = config.format == "png" and out.with_name(f".{out.name}.parts").exists()
-    if not config.overwrite and not unfinished and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+    is_used = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    is_ours = config.is_dump and finished_settings(out) is not None  # then looked at once its settings are known
+    if is_used and not (config.overwrite or unfinished or is_ours):
         raise ValueError(f"{out}: is there already: give another --out, or --overwrite")
 
 
@@ -174,52 +233,66 @@ def load_models(config: SampleConfig, device: torch.device) -> tuple[ScaleTransf
 
 
 def draw_pictures(
-    config: SampleConfig, transformer: ScaleTransformer, tokenizer: VQVAE, labels: list[int], names: list[str]
+    config: SampleConfig,
+    setting: Setting,
+    transformer: ScaleTransformer,
+    tokenizer: VQVAE,
+    labels: list[int],
+    names: list[str],
 ) -> None:
     """A grid, or the scales of some images, in one file."""
     size = GROUP[next(transformer.parameters()).device.type]
     kept = []
+    groups = list(range(-(-len(labels) // size)))
     with tqdm(total=len(labels), unit="image") as bar:
-        for generation in sample_groups(transformer, tokenizer, labels, config, list(range(-(-len(labels) // size)))):
+        for generation in sample_groups(transformer, tokenizer, labels, config.seed, setting, groups):
             in_scales = config.format == "scales"
             kept.append(scale_pictures(tokenizer, generation) if in_scales else plots.to_uint8(generation.images))
             bar.update(len(generation.images))
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    setting.out.parent.mkdir(parents=True, exist_ok=True)
     if config.format == "grid":
-        write_grid(out, np.concatenate(kept), labels, names)
+        write_grid(setting.out, np.concatenate(kept), labels, names)
     else:
-        write_scales(out, np.concatenate(kept), labels, names, tokenizer)
+        write_scales(setting.out, np.concatenate(kept), labels, names, tokenizer)
 
 
-def write_dump(config: SampleConfig, transformer: ScaleTransformer, tokenizer: VQVAE, labels: list[int], ranks: Ranks) -> None:
+def plan_dump(
+    config: SampleConfig, setting: Setting, transformer: ScaleTransformer, tokenizer: VQVAE, labels: list[int]
+) -> Dump:
+    """What is to be made, with all that its images depend on."""
+    device = next(transformer.parameters()).device.type
+    flags = {name: value for name, value in {**asdict(config), **asdict(setting)}.items() if name not in NOT_SETTINGS}
+    weights = {"transformer_sha256": weights_hash(transformer), "tokenizer_sha256": weights_hash(tokenizer)}
+    code = {"device": device, "torch": torch.__version__, "commit": commit()}
+    uint8 = "255 times the value in [0, 1], rounded to nearest"
+    return Dump(setting.out, labels, GROUP[device], {**flags, "num": len(labels), **weights, **code, "uint8": uint8})
+
+
+def write_dump(
+    dump: Dump,
+    config: SampleConfig,
+    setting: Setting,
+    transformer: ScaleTransformer,
+    tokenizer: VQVAE,
+    ranks: Ranks,
+) -> None:
     """PNG files or an .npz; every rank makes its share of the groups that are missing, the main rank puts them together."""
-    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "overwrite", "batch")}
-    settings |= {
-        "num": len(labels),
-        "transformer_sha256": weights_hash(transformer),
-        "tokenizer_sha256": weights_hash(tokenizer),
-        "device": ranks.device.type,
-        "torch": torch.__version__,
-        "commit": commit(),
-        "uint8": "255 times the value in [0, 1], rounded to nearest",
-    }
-    out = Path(config.out)
-    dump = Dump(out, labels, GROUP[ranks.device.type], settings)
     missing: list[int] = []
     if ranks.is_main:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        dump.out.parent.mkdir(parents=True, exist_ok=True)
         dump.begin()
         missing = dump.missing()
     missing = ranks.numbers_from_main(missing)
     at_a_time = max(config.batch // dump.group, 1)
     mine = [group for i, group in enumerate(missing) if i // at_a_time % ranks.world == ranks.rank]
-    there = len(labels) - sum(len(dump.numbers(group)) for group in missing)
+    count = len(dump.labels)
+    there = count - sum(len(dump.numbers(group)) for group in missing)
+    generations = sample_groups(transformer, tokenizer, dump.labels, config.seed, setting, mine)
     interval = 0.2 if sys.stderr.isatty() else 20
-    with tqdm(total=len(labels), initial=there, unit="image", mininterval=interval, disable=not ranks.is_main) as bar:
-        for group, generation in zip(mine, sample_groups(transformer, tokenizer, labels, config, mine), strict=True):
+    with tqdm(total=count, initial=there, unit="image", mininterval=interval, disable=not ranks.is_main) as bar:
+        for group, generation in zip(mine, generations, strict=True):
             dump.write(group, plots.to_uint8(generation.images))
-            bar.update(min(ranks.world * len(generation.images), len(labels) - bar.n))  # the others are as far as this one
+            bar.update(min(ranks.world * len(generation.images), count - bar.n))  # the others are as far as this one
     if ranks.is_main:
         while dump.missing():  # of other ranks
             time.sleep(0.2)
@@ -228,11 +301,11 @@ def write_dump(config: SampleConfig, transformer: ScaleTransformer, tokenizer: V
 
 def main() -> None:
     config = cli.parse(SampleConfig, __doc__)
-    out = Path(config.out)
-    check_out(out, config)
-    is_dump = config.format in ("png", "npz")
+    settings = config.sweep()
+    for setting in settings:
+        check_out(setting.out, config)
     with process_group() as ranks:
-        if ranks.world > 1 and not is_dump:
+        if ranks.world > 1 and not config.is_dump:
             raise ValueError(f"--format={config.format}: a picture is made by one process: run it without torchrun")
         transformer, tokenizer, class_names = load_models(config, ranks.device)
         num_classes = transformer.config.num_classes
@@ -240,22 +313,28 @@ def main() -> None:
         if config.classes and config.classes != "random":
             classes = parse_classes(config.classes, class_names, num_classes)
         else:
-            classes = list(range(num_classes if is_dump else min(num_classes, DEFAULT_CLASSES)))
+            classes = list(range(num_classes if config.is_dump else min(num_classes, DEFAULT_CLASSES)))
         labels = all_labels(config, classes, num_classes)
-        if is_dump:
-            if config.overwrite and ranks.is_main:
-                remove_earlier(out)
-            write_dump(config, transformer, tokenizer, labels, ranks)
-        else:
-            draw_pictures(config, transformer, tokenizer, labels, names)
-        if ranks.is_main:
-            print(f"wrote {len(labels)} images ({config.format}) to {out}")
+        for setting in settings:
+            done = f"wrote {len(labels)} images ({config.format}) to {setting.out}"
+            if not config.is_dump:
+                draw_pictures(config, setting, transformer, tokenizer, labels, names)
+            else:
+                dump = plan_dump(config, setting, transformer, tokenizer, labels)
+                if config.overwrite and ranks.is_main:
+                    remove_earlier(dump)
+                if not config.overwrite and ranks.largest(int(ranks.is_main and dump.is_finished())):
+                    done = f"{setting.out}: all {len(labels)} images of this command are there already"
+                else:
+                    write_dump(dump, config, setting, transformer, tokenizer, ranks)
+            if ranks.is_main:
+                print(done)
 
 
-def remove_earlier(out: Path) -> None:
-    """With --overwrite no image of an earlier, finished dump may stay."""
-    if out.is_dir() and not out.with_name(f".{out.name}.parts").exists():
-        for old in out.glob("[0-9]*_class*.png"):
+def remove_earlier(dump: Dump) -> None:
+    """With --overwrite no image of an earlier, finished dump may stay; a file stays until the new one is whole."""
+    if not dump.parts.exists():
+        for old in dump.out.glob("[0-9]*_class*.png"):
             old.unlink()
 
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,10 +138,61 @@ def test_the_same_seed_gives_the_same_images_and_batches_differ(checkpoint, tmp_
 
 
 def test_presets_are_defaults_that_flags_override():
-    fid = sample.SampleConfig("a", "b")
-    assert (fid.cfg, fid.top_k, fid.top_p, fid.smooth) == (1.5, 900, 0.96, False)
-    visual = sample.SampleConfig("a", "b", preset="visual", cfg=3.0)
-    assert (visual.cfg, visual.smooth) == (3.0, True)
+    for preset in ("", "fid"):
+        (fid,) = sample.SampleConfig("a", "b", preset=preset).sweep()
+        assert fid == sample.Setting(Path("b"), cfg=1.5, top_k=900, top_p=0.96, smooth=False)
+    (visual,) = sample.SampleConfig("a", "b", preset="visual", cfg="3").sweep()
+    assert (visual.cfg, visual.top_p, visual.smooth) == (3.0, 0.95, True)
+
+
+def test_a_dump_for_fid_has_50_images_of_each_class():
+    flags = {"ckpt": "a", "out": "b", "format": "npz"}
+    for preset, each in (("fid", 50), ("visual", 1), ("", 1)):
+        labels = sample.all_labels(sample.SampleConfig(**flags, preset=preset), [0, 1, 2], 3)
+        assert labels == sorted([0, 1, 2] * each)
+    assert len(sample.all_labels(sample.SampleConfig(**flags, preset="fid", num=7), [0, 1, 2], 3)) == 7
+
+
+def test_values_are_swept_into_a_dump_each(checkpoint, tmp_path, command, monkeypatch):
+    flags = ["--ckpt", checkpoint, "--format=npz", "--num=8", "--cfg=0,2.5", "--top_k=1,0"]
+    usual, finished = sample.Dump.finish, []
+
+    def finish_two(dump):
+        if len(finished) == 2:
+            raise OSError("interrupted")
+        finished.append(dump)
+        usual(dump)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample.Dump, "finish", finish_two)
+        assert command(*flags, "--out", tmp_path / "s.npz")[0] == 1
+    code, output, _ = command(*flags, "--out", tmp_path / "s.npz")
+    assert code == 0
+    assert output.count("all 8 images of this command are there already") == 2
+    names = [f"s-cfg{cfg}-top_k{top_k}.npz" for cfg in ("0", "2.5") for top_k in (0, 1)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name in names:
+        with np.load(tmp_path / name, allow_pickle=False) as archive:
+            settings = json.loads(str(archive["settings"]))
+        assert name == f"s-cfg{settings['cfg']:g}-top_k{settings['top_k']}.npz"
+    single = tmp_path / "single.npz"
+    assert command(*flags[:4], "--cfg=2.5", "--top_k=1", "--out", single)[0] == 0
+    assert single.read_bytes() == (tmp_path / names[3]).read_bytes()
+
+
+def test_a_finished_dump_is_left_alone(checkpoint, tmp_path, command):
+    flags = ["--ckpt", checkpoint, "--num=3", "--out", tmp_path / "dump"]
+    for form in ("png", "npz"):
+        flags[-1] = tmp_path / form
+        assert command(*flags, "--format", form)[0] == 0
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        code, output, _ = command(*flags, "--format", form)
+        assert code == 0
+        assert "all 3 images of this command are there already" in output
+        code, _, errors = command(*flags, "--format", form, "--seed=1")
+        assert code == 1
+        assert "a dump with seed 0 is there, this command has 1: give another --out, or --overwrite" in errors
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_sampling_as_a_command_of_its_own(checkpoint, tmp_path):
@@ -177,9 +229,9 @@ def test_classes_are_labels_or_names(text, labels):
 
 
 def test_scales_end_with_the_image_in_smooth_mode_too(checkpoint, tokenizer):
-    config = sample.SampleConfig("a", "b", preset="visual")
+    (setting,) = sample.SampleConfig("a", "b", preset="visual").sweep()
     transformer, vae = load_transformer(checkpoint), load_tokenizer(tokenizer)
-    (generation,) = sample.sample_groups(transformer, vae, [0, 1, 2], config, [0])
+    (generation,) = sample.sample_groups(transformer, vae, [0, 1, 2], 0, setting, [0])
     pictures = sample.scale_pictures(vae, generation)
     assert pictures.shape == (3, 4, 16, 16, 3)
     np.testing.assert_array_equal(pictures[:, -1], sample.plots.to_uint8(generation.images))
@@ -204,7 +256,11 @@ def test_an_overwritten_folder_keeps_no_older_images(checkpoint, tmp_path, comma
         (["--classes=7"], "no class '7': give numbers from 0 to 2, or names such as 'cat'"),
         (["--classes=wolf"], "no class 'wolf'"),
         (["--ckpt=/missing"], "/missing: no such file or directory"),
-        (["--top_p=2"], "top_p=2.0"),
+        (["--top_p=2"], "--top_p=2: give a number of 0 to 1, or several with commas between them"),
+        (["--cfg=1.5,high"], "--cfg=1.5,high: give a number of 0 or more"),
+        (["--cfg=nan"], "--cfg=nan: give a number"),
+        (["--top_k=1.5"], "--top_k=1.5: give a whole number"),
+        (["--cfg=1.5,1.5"], "has a value twice"),
         (["--batch=0"], "--batch=0"),
         (["--format=gif"], "invalid choice: 'gif'"),
         (["--out=/tmp/picture"], "writes a picture: give a name that ends in .png"),

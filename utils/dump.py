@@ -44,17 +44,23 @@ class Dump:
         """The images of a group."""
         return range(group * self.group, min((group + 1) * self.group, len(self.labels)))
 
+    def is_finished(self) -> bool:
+        """Whether all of just this is there, so that nothing is left to do. ValueError where another finished dump is."""
+        there = None if self.parts.exists() else finished_settings(self.out)
+        other = there and self._other(there)
+        if other:
+            raise ValueError(f"{self.out}: a dump with {other}: give another --out, or --overwrite")
+        return there is not None
+
     def begin(self) -> None:
         """Note what is being made. ValueError, and nothing changed, where something else was begun there."""
         plan = self.parts / "plan.json"
         if plan.exists():
-            begun = json.loads(plan.read_text())
-            for name in sorted(begun.keys() | self.settings.keys()):
-                if begun.get(name) != self.settings.get(name):
-                    raise ValueError(
-                        f"{self.out}: an unfinished dump with {name} {begun.get(name)} is there, this command has "
-                        f"{self.settings.get(name)}: give what it was begun with, or remove {self.parts}"
-                    )
+            other = self._other(json.loads(plan.read_text()))
+            if other:
+                raise ValueError(
+                    f"{self.out}: an unfinished dump with {other}: give what it was begun with, or remove {self.parts}"
+                )
         self.parts.mkdir(parents=True, exist_ok=True)
         if not self.is_npz:
             self.out.mkdir(exist_ok=True)
@@ -84,7 +90,7 @@ class Dump:
         if self.is_npz:
             self._write_npz()
         else:
-            replace_text(self.out.with_name(f"{self.out.name}.json"), json.dumps(self.settings, indent=1) + "\n")
+            replace_text(_settings_beside(self.out), json.dumps(self.settings, indent=1) + "\n")
         shutil.rmtree(self.parts)
 
     def _write_npz(self) -> None:
@@ -104,8 +110,32 @@ class Dump:
                     np.lib.format.write_array(member, values, allow_pickle=False)
         os.replace(aside, self.out)
 
+    def _other(self, settings: dict) -> str:
+        """The first setting of a dump that is there in which it is not this one, in words; empty where it is."""
+        for name in sorted(settings.keys() | self.settings.keys()):
+            if settings.get(name) != self.settings.get(name):
+                return f"{name} {settings.get(name)} is there, this command has {self.settings.get(name)}"
+        return ""
+
     def _groups(self) -> range:
         return range(-(-len(self.labels) // self.group))
 
     def _png(self, n: int) -> str:
         return f"{n:06d}_class{self.labels[n]:04d}.png"
+
+
+def finished_settings(out: Path) -> dict | None:
+    """The settings that a finished dump carries; None where there is no dump, or one of other code."""
+    try:
+        if out.is_dir():
+            return json.loads(_settings_beside(out).read_text())
+        if not zipfile.is_zipfile(out):
+            return None
+        with np.load(out, allow_pickle=False) as archive:
+            return json.loads(str(archive["settings"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _settings_beside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.json")
