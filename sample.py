@@ -10,7 +10,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dist import Ranks, process_group
-from models.generate import Generation, draw_labels, generate
+from models.generate import GROUP_SIZE, Generation, draw_labels, generate_group, num_groups
 from models.ssm import SCANS, choose_scan_
 from models.tokenizer import VQVAE
 from models.transformer import FAMILIES, ScaleTransformer
@@ -37,9 +37,6 @@ PRESETS = {
 FID_IMAGES_PER_CLASS = 50
 GRID_COLUMNS = 8
 DEFAULT_CLASSES = 10  # rows of a grid where neither --classes nor --num says otherwise
-# Images that are always computed together. The rounding of a matrix product depends on its size, so the same image in a batch
-# of another size could come out otherwise.
-GROUP = {"cpu": 16, "cuda": 64}
 NOT_SETTINGS = ("out", "overwrite", "batch")  # flags that no image depends on
 
 
@@ -47,7 +44,7 @@ NOT_SETTINGS = ("out", "overwrite", "batch")  # flags that no image depends on
 class SampleConfig:
     """Flags of sample.py."""
 
-    ckpt: str = required("transformer: released file, run or checkpoint directory, or owner/name[:file]")
+    ckpt: str = required("transformer: released file, run or checkpoint directory, or owner/name[@revision][:file]")
     out: str = required("picture, directory (png) or file (npz) to write")
     vae: str = flag("", "tokenizer, likewise; empty: the one the checkpoint names")
     family: str = flag("", "needed for released MVAR weights: markov", choices=("", *FAMILIES))
@@ -160,32 +157,12 @@ def all_labels(config: SampleConfig, classes: list[int], num_classes: int) -> li
 
 
 def sample_groups(
-    transformer: ScaleTransformer, tokenizer: VQVAE, labels: list[int], seed: int, setting: Setting, groups: list[int]
+    transformer: ScaleTransformer, tokenizer: VQVAE, labels: list[int], seed: int, setting: Setting, groups: Iterable[int]
 ) -> Iterator[Generation]:
-    """The images of each group, from random numbers of their own; labels: of all images, of all groups."""
-    device = next(transformer.parameters()).device
-    size = GROUP[device.type]
+    """The images of each group; labels: of all images, of all groups."""
+    values = {"guidance_scale": setting.cfg, "top_k": setting.top_k, "top_p": setting.top_p, "smooth": setting.smooth}
     for group in groups:
-        numbers = range(group * size, (group + 1) * size)  # the last group is filled up: it is as large as the others
-        own = torch.tensor([labels[n] if n < len(labels) else labels[0] for n in numbers], device=device)
-        generation = generate(
-            transformer,
-            tokenizer,
-            own,
-            guidance_scale=setting.cfg,
-            top_k=setting.top_k,
-            top_p=setting.top_p,
-            smooth=setting.smooth,
-            generator=[torch.Generator(device).manual_seed(image_seed(seed, n)) for n in numbers],
-        )
-        count = min(size, len(labels) - numbers.start)
-        indices, sums = ([part[:count] for part in parts] for parts in (generation.indices, generation.sums))
-        yield Generation(generation.images[:count], indices, sums)
-
-
-def image_seed(seed: int, number: int) -> int:
-    """What the random numbers of one image start from."""
-    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)
+        yield generate_group(transformer, tokenizer, labels, group, seed, **values)
 
 
 def scale_pictures(tokenizer: VQVAE, generation: Generation) -> np.ndarray:
@@ -241,9 +218,8 @@ def draw_pictures(
     names: list[str],
 ) -> None:
     """A grid, or the scales of some images, in one file."""
-    size = GROUP[next(transformer.parameters()).device.type]
+    groups = range(num_groups(len(labels), next(transformer.parameters()).device.type))
     kept = []
-    groups = list(range(-(-len(labels) // size)))
     with tqdm(total=len(labels), unit="image") as bar:
         for generation in sample_groups(transformer, tokenizer, labels, config.seed, setting, groups):
             in_scales = config.format == "scales"
@@ -265,7 +241,7 @@ def plan_dump(
     weights = {"transformer_sha256": weights_hash(transformer), "tokenizer_sha256": weights_hash(tokenizer)}
     code = {"device": device, "torch": torch.__version__, "commit": commit()}
     uint8 = "255 times the value in [0, 1], rounded to nearest"
-    return Dump(setting.out, labels, GROUP[device], {**flags, "num": len(labels), **weights, **code, "uint8": uint8})
+    return Dump(setting.out, labels, GROUP_SIZE[device], {**flags, "num": len(labels), **weights, **code, "uint8": uint8})
 
 
 def write_dump(

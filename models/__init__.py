@@ -1,4 +1,7 @@
-"""The models: pyramid, tokenizer, transformer and generation. Nothing here knows of files, ranks or training."""
+"""The models: pyramid, tokenizer, transformer and generation, in memory, on disk and on the hub.
+
+storage.py, hub.py and model_card.py alone know of files; nothing here knows of ranks or training.
+"""
 
 from models.generate import generate
 from models.pyramid import Pyramid

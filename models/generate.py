@@ -6,8 +6,9 @@ scale.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,10 @@ from models.tokenizer import VQVAE
 from models.transformer import BlockState, ScaleTransformer
 
 Generators = torch.Generator | Sequence[torch.Generator] | None  # of a batch, or of each image in it
+
+# Images of a series that are always computed together. The rounding of a matrix product depends on its size, so the same image
+# in a batch of another size could come out otherwise.
+GROUP_SIZE = {"cpu": 16, "cuda": 64}
 
 
 class GenerationState(NamedTuple):
@@ -136,6 +141,35 @@ def generate(
             state = GenerationState(blocks, f_hat, state.inputs if is_last else quantizer.next_input(f_hat, k))
         images = tokenizer.decode_features(state.f_hat)
     return Generation((images + 1) / 2, indices, sums)
+
+
+def generate_group(
+    transformer: ScaleTransformer, tokenizer: VQVAE, labels: Sequence[int], group: int, seed: int, **settings: Any
+) -> Generation:
+    """One group of a series of images of which image n depends on its label, the seed and n alone.
+
+    labels: of all images of the series. group: from 0, of GROUP_SIZE images, the last one of those that are left; images do not
+    depend on which groups are made, nor in which order. settings: of `generate`.
+    """
+    device = next(transformer.parameters()).device
+    size = GROUP_SIZE[device.type]
+    numbers = range(group * size, (group + 1) * size)  # the last group is filled up: it is as large as the others
+    own = torch.tensor([labels[n] if n < len(labels) else labels[0] for n in numbers], device=device)
+    generators = [torch.Generator(device).manual_seed(image_seed(seed, n)) for n in numbers]
+    made = generate(transformer, tokenizer, own, generator=generators, **settings)
+    count = min(size, len(labels) - numbers.start)
+    indices, sums = ([part[:count] for part in parts] for parts in (made.indices, made.sums))
+    return Generation(made.images[:count], indices, sums)
+
+
+def num_groups(count: int, device_type: str) -> int:
+    """Groups of a series of `count` images."""
+    return -(-count // GROUP_SIZE[device_type])
+
+
+def image_seed(seed: int, number: int) -> int:
+    """What the random numbers of one image of a series start from."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def check_fit(transformer: ScaleTransformer, tokenizer: VQVAE) -> None:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from models.autoencoder import Decoder, Encoder, PixelAttention, ResidualBlock
+from models.hub import HubModel
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.quantizer import MultiScaleQuantizer
+from models.storage import Description
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,11 @@ class Reconstruction(NamedTuple):
     vq_loss: Tensor  # scalar
 
 
-class VQVAE(nn.Module):
+class VQVAE(nn.Module, HubModel):
     """Images (B, 3, H, W) in [-1, 1] <-> K LongTensors (B, h_k * w_k) of code indices."""
+
+    config_class = TokenizerConfig
+    description = Description("tokenizer")
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()

@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import Attention, AttentionState
+from models.hub import HubModel
 from models.layers import DropPath, FeedForward, Modulation, ModulationOffset, modulate, modulation_projection
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.ssm import Mamba2, MambaState
+from models.storage import Description
 
 FAMILIES = ("mvar", "var", "markov", "markov-mamba")
 COMBINATION_WINDOW_FROM = 13  # markov-mamba: the large scales all have windows, or its cost would not be linear
@@ -154,11 +156,14 @@ class Block(nn.Module):
         return x + self.drop_path(y * gammas[-1]), tuple(next_states)
 
 
-class ScaleTransformer(nn.Module):
+class ScaleTransformer(nn.Module, HubModel):
     """Predicts every token of a pyramid from the scales before it.
 
     labels (B,) and the code vectors of scales 2..K, inputs (B, L - h_1 * w_1, code_dim) -> logits (B, L, V) in float32.
     """
+
+    config_class = TransformerConfig
+    description = Description("transformer")
 
     def __init__(self, config: TransformerConfig):
         super().__init__()

@@ -51,5 +51,12 @@ def small_tokenizer(sides: tuple = SIDES, **config) -> VQVAE:
     return model.eval()
 
 
+def assert_same_model(ours: torch.nn.Module, other: torch.nn.Module) -> None:
+    assert ours.config == other.config
+    assert not ours.training
+    for (name, a), b in zip(ours.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def random_indices(pyramid: Pyramid, batch: int = 2, seed: int = 2) -> list[Tensor]:
     return pyramid.split(torch.randint(NUM_CODES, (batch, pyramid.num_tokens), generator=seeded(seed)))

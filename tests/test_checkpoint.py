@@ -7,7 +7,7 @@ import pytest
 import torch
 from golden_weights import tokenizer, tokenizer_weights, transformer, transformer_weights
 from safetensors.torch import save_file
-from small_models import small_tokenizer, small_transformer
+from small_models import assert_same_model, small_tokenizer, small_transformer
 
 from utils.checkpoint import (
     Description,
@@ -53,13 +53,6 @@ def saved(path: Path, model: torch.nn.Module, description: Description) -> Path:
     path.mkdir(parents=True)
     save_model(path, model, description)
     return path
-
-
-def assert_same_model(ours: torch.nn.Module, other: torch.nn.Module) -> None:
-    assert ours.config == other.config
-    assert not ours.training
-    for (name, a), b in zip(ours.state_dict().items(), other.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
 
 
 # --- released files -----------------------------------------------------------------------------------------------------
@@ -206,22 +199,6 @@ def test_missing_path(tmp_path, monkeypatch, name):
 def test_directory_without_a_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         load_transformer(tmp_path)
-
-
-def test_hub_file(files, monkeypatch):
-    asked = []
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *names: asked.append(names) or str(files / "vae.pth"))
-    assert load_tokenizer("someone/models:vae.pth").config.num_codes == 64
-    assert asked == [("someone/models", "vae.pth")]
-
-
-def test_hub_out_of_reach(monkeypatch):
-    def unreachable(*names):
-        raise OSError("no network\nlong story")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"someone/models: neither .* from the hub \(no network\)"):
-        load_tokenizer("someone/models")
 
 
 # --- our format ---------------------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import pytest
 from commands import ROOT
 
+from models.config import from_dict, to_dict
 from utils import cli
 from utils.cli import argument, arguments, flag, required
-from utils.config import from_dict, to_dict
 
 
 @dataclass(frozen=True)

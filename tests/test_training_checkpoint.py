@@ -96,7 +96,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         path.write_bytes(b"x" * 1000)
 
-    monkeypatch.setattr("utils.checkpoint.save_file", write)
+    monkeypatch.setattr("models.storage.save_file", write)
     with pytest.raises(OSError, match="No space left on device"):
         save(tmp_path, make_state(2), keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]

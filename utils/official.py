@@ -11,6 +11,7 @@ import re
 from torch import Tensor
 
 from models.pyramid import STANDARD_SIDES, Pyramid
+from models.storage import first_few
 from models.tokenizer import TokenizerConfig
 from models.transformer import TransformerConfig
 
@@ -84,6 +85,16 @@ def unnest(contents: dict, paths: tuple[str, ...]) -> dict:
     return contents
 
 
+def holds_transformer(contents: dict) -> bool:
+    """Whether it is a released transformer, or a training checkpoint with one in it."""
+    return "pos_1LC" in unnest(contents, TRANSFORMER_NESTS)
+
+
+def holds_tokenizer(contents: dict) -> bool:
+    """Whether it is a released tokenizer, or a training checkpoint with one in it."""
+    return "quantize.embedding.weight" in unnest(contents, TOKENIZER_NESTS)
+
+
 def describe(names: list[str]) -> str:
     """What a file with these tensors seems to be, for error messages."""
     if any(".mamba." in name for name in names):
@@ -114,10 +125,6 @@ def translate(tensors: StateDict, names: list[tuple[str, str]], dropped: list[st
     if unknown:
         raise ValueError(f"{source}: unexpected {first_few(unknown)}; the file seems to be {describe(list(tensors))}")
     return translated
-
-
-def first_few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def require(tensors: StateDict, names: tuple[str, ...], source: str, wanted: str) -> None:

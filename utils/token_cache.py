@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.config import from_dict
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE
 from utils.checkpoint import weights_hash
-from utils.config import from_dict
 from utils.data import ImageFiles, TrainOrder, in_order
 from utils.files import replace_text, sha256
 

@@ -1,0 +1,160 @@
+"""A model on disk: model.safetensors and config.json in a directory, read strictly, never executed.
+
+The hub stores the same two files. Checkpoints of a run hold further files beside them (utils/training_checkpoint.py), of which
+this module knows the averaged weights only. Pickled objects are refused: .pth files, which are released ones, load with
+weights_only=True, everything else is safetensors or JSON.
+"""
+
+import dataclasses
+import json
+import pickle
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.config import from_dict, to_dict
+
+CONFIG, WEIGHTS, AVERAGED = "config.json", "model.safetensors", "ema.safetensors"
+# What torch.load and safetensors raise on files that are damaged or something else altogether.
+UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What config.json says beside the model's own configuration.
+
+    kind: "tokenizer" or "transformer". class_names: of the labels, empty where unknown. tokenizer: where the transformer's
+    tokenizer was loaded from. training: the resolved configuration of the run that made it.
+    """
+
+    kind: str
+    class_names: list[str] = field(default_factory=list)
+    tokenizer: str | None = None
+    training: dict = field(default_factory=dict)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(path: Path) -> dict:
+    """The contents of a .safetensors or .pth file; nothing in it is executed."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path}: not a readable weights file ({reason}): give a .safetensors or a .pth of plain tensors"
+        ) from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path}: holds a {type(contents).__name__}, not a dictionary of tensors")
+    return contents
+
+
+def weights_file(directory: Path, averaged: bool = True) -> Path:
+    """The weights of a checkpoint directory: the averaged ones where there are any and they are wanted."""
+    path = directory / AVERAGED
+    return path if averaged and path.exists() else directory / WEIGHTS
+
+
+def read_config(directory: Path, model_class: type[nn.Module]) -> Any:
+    """The model's part of config.json; ValueError where it describes the other kind of model."""
+    path = directory / CONFIG
+    values, kind = _read_json(path), model_class.description.kind
+    if values.get("kind") != kind:
+        raise ValueError(f"{path}: describes a {values.get('kind', 'model of other code')}, not a {kind}")
+    if "model" not in values:
+        raise ValueError(f'{path}: has no "model": it is not a config.json of this project')
+    return from_dict(model_class.config_class, values["model"], str(path))
+
+
+def read_description(directory: Path) -> Description:
+    """Everything else in config.json."""
+    path = directory / CONFIG
+    return from_dict(Description, {name: value for name, value in _read_json(path).items() if name != "model"}, str(path))
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+def read_model(model_class: type[Model], path: Path, weights: dict[str, Tensor] | None = None, **changes) -> Model:
+    """The model in eval mode, on the CPU, whose weights lie at `path`, beside their config.json.
+
+    weights: in place of those of the file. changes: fields of the configuration that are to be otherwise. ValueError where the
+    files belong to another model, or not together.
+    """
+    config = dataclasses.replace(read_config(path.parent, model_class), **changes)
+    model = fill_(model_class(config), read_tensors(path) if weights is None else weights, path)
+    model.description = read_description(path.parent)
+    return model
+
+
+def fill_(model: Model, weights: dict[str, Tensor], source: Path, seems: str = "") -> Model:
+    """Put in all weights and set eval mode. ValueError for missing or unexpected names and wrong shapes.
+
+    seems: what the file looks like, for the message.
+    """
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in weights]
+    unexpected = [name for name in weights if name not in expected]
+    if missing or unexpected:
+        lists = (("missing", missing), ("unexpected", unexpected))
+        parts = [f"{word} {first_few(names)}" for word, names in lists if names]
+        raise ValueError(f"{source}: {'; '.join(parts)}" + (f"; the file seems to be {seems}" if seems else ""))
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(expected[name].shape)}")
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def first_few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+
+def save_model(directory: Path, model: nn.Module, description: Description) -> None:
+    """Write model.safetensors and config.json into an existing directory."""
+    write_tensors(directory / WEIGHTS, model.state_dict())
+    write_config(directory, model.config, description)
+
+
+def write_config(directory: Path, config: Any, description: Description) -> None:
+    """config: the configuration dataclass of the model."""
+    values = {**to_dict(description), "model": to_dict(config)}
+    (directory / CONFIG).write_text(json.dumps(values, indent=1) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """OSError where the disk is full or the file cannot be written."""
+    try:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: could not be written ({error}): make room on the disk") from error
