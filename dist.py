@@ -82,6 +82,25 @@ class Ranks:
         """Wait until every rank has come here."""
         self.largest(0)
 
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """A mistake that any rank finds inside ends all: the first that found one raises it, the others leave without a word.
+
+        For what each rank does by itself: inside, none may wait for another.
+        """
+        mistake = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            mistake = error
+        failed = self.gather(torch.tensor(mistake is not None)).tolist()
+        if mistake is not None and failed.index(True) == self.rank:
+            raise mistake
+        if any(failed):
+            with contextlib.suppress(RuntimeError):
+                self.barrier()  # until that rank is gone: if this one went first, torchrun could end it before it speaks
+            raise SystemExit(1)
+
 
 @contextlib.contextmanager
 def process_group() -> Iterator[Ranks]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dist import Ranks, process_group
+from fidelity import Fidelity
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
@@ -36,6 +37,7 @@ class FolderData:
         if height != width:
             raise ValueError(f"pyramid {tokenizer.pyramid}: training from folders needs square images")
         self.class_names, self.size, self.val_size = train.class_names, len(train.paths), len(val.paths)
+        self.resize = config.mid_reso
         self.workers = config.workers
         self.train = Images(train, height, config.mid_reso, augment=True, flip=config.hflip, seed=config.seed)
         self.val = Images(val, height, config.mid_reso)
@@ -59,7 +61,7 @@ class CachedData:
                 f"give --pn={manifest.pyramid} or encode again"
             )
         check_cache(manifest, tokenizer, config.token_cache)
-        self.class_names, self.views = manifest.class_names, manifest.views
+        self.class_names, self.views, self.resize = manifest.class_names, manifest.views, manifest.resize
         self.size, self.val_size = len(self.train) // self.views, len(self.val)
 
     def verify(self) -> None:
@@ -86,7 +88,7 @@ def tokenizer_source(config: TrainConfig) -> str:
 def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     """Everything that the flags ask for, loaded, checked and initialised."""
     config.rank_batch(ranks.world)
-    if not config.token_cache:
+    if not config.token_cache or config.val_fd:
         data.check_root(config.data_path)
     config = replace(with_seed(config, ranks), vae=tokenizer_source(config))
     if config.token_cache and not config.pn:
@@ -100,7 +102,19 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     transformer = ScaleTransformer(config.transformer_config(tokenizer, len(source.class_names)))
     std = None if config.ini < 0 else config.ini
     transformer.init_weights(config.alng, config.aln, config.hd, std, config.alng if config.alng_all else config.aln)
-    return Trainer(config, transformer, tokenizer, source, ranks)
+    fidelity = build_fidelity(config, tokenizer, source, ranks) if config.val_fd else None
+    return Trainer(config, transformer, tokenizer, source, ranks, fidelity)
+
+
+def build_fidelity(config: TrainConfig, tokenizer: VQVAE, source: FolderData | CachedData, ranks: Ranks) -> Fidelity:
+    """For --val_fd."""
+    fidelity = Fidelity(config.data_path, config.val_fd, tokenizer.config.image_shape[0], source.resize, config.workers, ranks)
+    if fidelity.train.class_names != source.class_names:
+        raise ValueError(
+            f"--data_path={config.data_path}: its classes are not those of the token cache {config.token_cache}: "
+            "give the images that it was made from, or --val_fd=0"
+        )
+    return fidelity
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from dist import Ranks, gradient_exchange, replicated, shard_, whole_outside_forward
+from fidelity import Fidelity
 from models.generate import generate
 from models.ssm import choose_scan_
 from models.tokenizer import VQVAE
@@ -91,9 +92,10 @@ class Trainer:
         tokenizer: VQVAE,
         data: Data,
         ranks: Ranks,
+        fidelity: Fidelity | None = None,
     ):
         self.run = Path(config.local_out_dir_path)
-        self.config, self.ranks, self.data = config, ranks, data
+        self.config, self.ranks, self.data, self.fidelity = config, ranks, data, fidelity
         self.tokenizer = tokenizer.to(ranks.device).eval().requires_grad_(False)
         self.pyramid = transformer.pyramid
         self.rank_batch = config.rank_batch(ranks.world)
@@ -305,6 +307,11 @@ class Trainer:
         if tally is None:
             return {}
         state, metrics = self.state, tally.metrics("val_")
+        if self.fidelity is not None:
+            distance = self._sample_distance(stop)
+            if distance is None:
+                return {}
+            metrics |= {"val_fd": distance, "val_fd_real": self.fidelity.real}
         log.classes(state.step, *tally.by_class())
         if self.config.val_samples and (self.ranks.is_main or self.sharded is not None):  # a sharded model needs all ranks
             log.image(state.step, "samples", self._draw_samples())
@@ -315,6 +322,14 @@ class Trainer:
         log.text(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
         state.validation_due = False
         return figures
+
+    def _sample_distance(self, stop: StopRequest) -> float | None:
+        """FD-EffLite0 of samples by the averaged weights; None where a stop was requested meanwhile."""
+        transformer = self.state.transformer.eval()
+        with self.state.averaged_weights(), whole_outside_forward(transformer), self._autocast():
+            distance = self.fidelity.of_samples(transformer, self.tokenizer, stop)
+        transformer.train()
+        return distance
 
     def _draw_samples(self) -> Image.Image:
         """A sample of each of the first classes by the averaged weights, from the same random numbers at every validation."""
@@ -354,6 +369,10 @@ class Trainer:
                 self.state.validation_due = False  # it was done after the checkpoint had been written
             for note in [*notes, self._headline()]:
                 log.text(note)
+            if self.fidelity is not None:
+                log.text(
+                    f"FD-EffLite0 of {self.fidelity.count} training images from the held-out ones: {self.fidelity.real:.2f}"
+                )
             if self._finished():
                 log.text(
                     f"nothing left to do at step {self.state.step}: for more, give a larger --ep, --max_steps or --max_minutes"

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +25,17 @@ from sklearn.linear_model import LogisticRegression
 from utils import cli, plots
 from utils.checkpoint import load_tokenizer
 from utils.cli import flag
-from utils.data import FASHION_MNIST_CLASSES, Images, export_fashion_mnist, read_folders
+from utils.data import FASHION_MNIST_CLASSES, Images, batches_at, export_fashion_mnist, read_folders, val_batches
+from utils.features import load_extractor
 from utils.log import read_metrics
+from utils.measure import measure, measure_batches
+from utils.metrics import frechet_distance
+from utils.samples import Gaussian, open_images
 from utils.token_cache import TokenCache
 
 NUM_SAMPLES = 1000
 RECONSTRUCTIONS = 16
+DECODED_AT_ONCE = 8
 NEEDED_DIVERSITY = 0.6
 
 
@@ -109,6 +115,28 @@ def judge_samples(images: Path, samples: Path) -> dict[str, float]:
     }
 
 
+def distances(images: Path, tokenizer_run: Path, samples: Path) -> dict[str, float]:
+    """FD-EffLite0 from the held-out images: of the samples, of training images as the tokenizer decodes them, and of these."""
+    extractor = load_extractor("efflite0").to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(tokenizer_run)
+    train, val = (Images(files, tokenizer.config.image_shape[0], resize=1.0) for files in read_folders(images))
+    chosen = np.linspace(0, len(train) - 1, NUM_SAMPLES).astype(int)
+    real = [batch for batch, _ in batches_at(train, ((rows, rows) for rows in chosen.reshape(-1, DECODED_AT_ONCE)))]
+    held_out = (batch for batch, _ in val_batches(val, DECODED_AT_ONCE))
+
+    def gaussian(batches: Iterable[torch.Tensor], source: str) -> Gaussian:
+        pixels = (plots.to_uint8((batch + 1) / 2) for batch in batches)
+        return measure_batches(extractor, pixels, source, keep_features=False).statistics.pooled
+
+    reference = gaussian(held_out, "held-out images")
+    others = {
+        "fd_samples": measure(extractor, open_images(samples), keep_features=False).statistics.pooled,
+        "fd_reconstructions": gaussian((tokenizer.decode(tokenizer.encode(batch)) for batch in real), "reconstructions"),
+        "fd_real": gaussian(real, "training images"),
+    }
+    return {name: frechet_distance(*other, *reference) for name, other in others.items()}
+
+
 def draw_reconstructions(images: Path, tokenizer_run: Path, out: Path) -> None:
     """Held-out images above what the tokenizer makes of them."""
     _, val = read_folders(images)
@@ -156,6 +184,8 @@ What the figures mean:
                        by a classifier fitted on real training images (logistic regression on pixels)
   variety in a class   {metrics["diversity_samples"]:.2f} between samples, {metrics["diversity_real"]:.2f} between real images (mean pixel distance):
                        {relative:.0%}; under {NEEDED_DIVERSITY:.0%} would mean that the model repeats itself
+  FD-EffLite0          {metrics["fd_samples"]:.1f} of {NUM_SAMPLES} samples, {metrics["fd_reconstructions"]:.1f} of as many decoded images, {metrics["fd_real"]:.1f} of as many real ones:
+                       Fréchet distance, in features of a network trained on ImageNet, from the held-out images
 """  # noqa: E501
 
 
@@ -210,7 +240,7 @@ def main() -> None:
     draw_curves(tokenizer, transformer, entropy, out / "curves.png")
     last = {name: value for run_ in (tokenizer, transformer) for name, value in read_metrics(run_)[-1].items()}
     metrics = {name: last[name] for name in ("val_loss", "val_loss_last", "val_accuracy", "val_accuracy_last", "val_psnr")}
-    metrics |= {"unigram_entropy": entropy, **judge_samples(images, samples)}
+    metrics |= {"unigram_entropy": entropy, **judge_samples(images, samples), **distances(images, tokenizer, samples)}
     figures = out / "metrics.json"
     earlier = json.loads(figures.read_text())["minutes"] if figures.exists() else 0.0
     metrics["minutes"] = max((time.monotonic() - start) / 60, earlier)  # a second run finds everything done

@@ -1,32 +1,34 @@
 """Score samples of any model against reference images: Fréchet distance, Inception score, precision and recall.
 
-`scripts/evaluate.py stats FOLDER --out FILE` stores the statistics of a reference, so that they are computed once. Scores
-depend on the extractor and on the numbers of images: compare those of the same extractor and the same numbers, and look at the
-score of real images (--real, --halves) beside that of samples.
+`scripts/evaluate.py stats FOLDER --out FILE` stores the statistics of a reference, so that they are computed once.
+`scripts/evaluate.py reconstruction IMAGES --vae TOKENIZER` scores what a tokenizer makes of images against these themselves.
+Scores depend on the extractor and on the numbers of images: compare those of the same extractor and the same numbers, and look
+at the score of real images (--real, --halves) beside that of samples. torchrun shares the images out over ranks.
 """
 
-import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
+from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
-from utils import cli, evidence
+from dist import Ranks, process_group
+from utils import cli, evidence, plots
+from utils.checkpoint import load_tokenizer, weights_hash
 from utils.cli import argument, flag, required
-from utils.features import EXTRACTORS, Features, extract, load_extractor
-from utils.metrics import Moments, frechet_distance, inception_score, moments, precision_recall
+from utils.dump import finished_settings
+from utils.features import EXTRACTORS, load_extractor
+from utils.measure import Measured, batch_size, measure
+from utils.metrics import frechet_distance
+from utils.reconstruction import BATCH, measure_reconstruction
 from utils.samples import (
-    Gaussian,
+    FittedImages,
     ImageSet,
     Reference,
     Statistics,
@@ -35,9 +37,11 @@ from utils.samples import (
     read_statistics,
     write_statistics,
 )
+from utils.scores import in_halves, notes_on_distance, notes_on_scores, score
+from utils.similarity import LPIPS, WINDOW, load_lpips
 
-BATCH = {"cpu": 8, "cuda": 256}  # on a CPU larger ones are slower
-SHUFFLE_SEED = 0
+EXTRACTOR_HELP = "network that looks at the images: inception for FID, efflite0 where its weights cannot be had"
+BATCH_HELP = "images that a rank takes at a time; 0: as suits the device"
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,14 @@ class EvaluateConfig:
 
     samples: str = argument("images to be scored: an .npz or a folder of PNG or JPEG")
     reference: str = argument("real images, likewise, or statistics of them")
-    extractor: str = flag("efflite0", "network that looks at the images", choices=EXTRACTORS)
+    extractor: str = flag("inception", EXTRACTOR_HELP, choices=EXTRACTORS)
     weights: str = flag("", "file of its weights; empty: those it comes with")
     real: str = flag("", "further real images, scored beside the samples")
     halves: bool = flag(False, "score one half of the reference against the other, beside the samples")
     k: int = flag(3, "precision and recall: neighbours within a ball")
+    float32: bool = flag(False, "precision and recall: distances in float32; else in float16, as in the OpenAI evaluator")
     split: int = flag(5000, "Inception score: images per split")
-    batch: int = flag(0, f"images at a time; 0: {BATCH['cpu']} on a CPU, {BATCH['cuda']} on a GPU")
+    batch: int = flag(0, BATCH_HELP)
     json: str = flag("", "also write the scores, with all settings, to this file")
     overwrite: bool = flag(False, "replace what is at --json")
 
@@ -70,9 +75,9 @@ class StatsConfig:
 
     images: str = argument("real images: an .npz or a folder of PNG or JPEG")
     out: str = required("file to write, .npz")
-    extractor: str = flag("efflite0", "network that looks at the images", choices=EXTRACTORS)
+    extractor: str = flag("inception", EXTRACTOR_HELP, choices=EXTRACTORS)
     weights: str = flag("", "file of its weights; empty: those it comes with")
-    batch: int = flag(0, f"images at a time; 0: {BATCH['cpu']} on a CPU, {BATCH['cuda']} on a GPU")
+    batch: int = flag(0, BATCH_HELP)
     overwrite: bool = flag(False, "replace what is at --out")
 
     def __post_init__(self):
@@ -81,11 +86,28 @@ class StatsConfig:
             raise ValueError(f"--out={self.out}: statistics are an .npz: give a name that ends so")
 
 
-class Measured(NamedTuple):
-    """Statistics of images and, on the CPU, the features (N, ...) of every one; None where only statistics are known."""
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """Arguments of scripts/evaluate.py reconstruction."""
 
-    statistics: Statistics
-    features: Features | None
+    images: str = argument("real images: an .npz or a folder of PNG or JPEG, of any size")
+    vae: str = required("tokenizer: released file, run or checkpoint directory, or owner/name[:file]")
+    num: int = flag(
+        0, "take so many of the images, evenly spread over all; 0: all; under torchrun: --num_images", "--num_images"
+    )
+    extractor: str = flag("inception", EXTRACTOR_HELP, choices=EXTRACTORS)
+    weights: str = flag("", "file of its weights; empty: those it comes with")
+    batch: int = flag(0, BATCH_HELP)
+    json: str = flag("", "also write the scores, with all settings, to this file")
+    out: str = flag("", "also write a picture to this file: some images above what is made of them")
+    overwrite: bool = flag(False, "replace what is at --json and --out")
+
+    def __post_init__(self):
+        check_batch(self.batch)
+        if self.num < 0 or self.num == 1:
+            raise ValueError(f"--num={self.num}: give at least 2 images, or 0 for all")
+        if self.out and Path(self.out).suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"--out={self.out}: is to be a picture: give a name that ends in .png")
 
 
 def check_batch(batch: int) -> None:
@@ -119,132 +141,20 @@ def check_count(source: str, count: int, needed: int, reason: str) -> None:
 # --- measuring ----------------------------------------------------------------------------------------------------------
 
 
-def batch_size(config: EvaluateConfig | StatsConfig, extractor: nn.Module) -> int:
-    return config.batch or BATCH[next(extractor.parameters()).device.type]
-
-
-def progress(images: ImageSet) -> tqdm:
-    return tqdm(total=images.count, unit="image", desc=Path(images.source).name, mininterval=0.2 if sys.stderr.isatty() else 20)
-
-
-class Sums:
-    """Statistics of features that come in batches, on the extractor's device."""
-
-    def __init__(self, extractor: nn.Module):
-        device = next(extractor.parameters()).device
-        self.pooled = Moments(extractor.dim, device)
-        self.spatial = Moments(extractor.spatial_dim, device) if extractor.spatial_dim else None
-
-    def add(self, features: Features) -> None:
-        self.pooled.add(features.pooled)
-        if self.spatial:
-            self.spatial.add(features.spatial)
-
-    def result(self, images: ImageSet) -> Statistics:
-        gaussians = [Gaussian(*sums.result()) for sums in (self.pooled, self.spatial) if sums]
-        return Statistics(images.source, images.count, images.height, images.width, *gaussians)
-
-
-def features_of(extractor: nn.Module, images: ImageSet, batch: int) -> Iterator[Features]:
-    interval = 0.2 if sys.stderr.isatty() else 20
-    with tqdm(total=images.count, unit="image", desc=Path(images.source).name, mininterval=interval) as bar:
-        for features in extract(extractor, images.batches(batch), images.source):
-            yield features
-            bar.update(len(features.pooled))
-
-
-def measure(extractor: nn.Module, images: ImageSet, batch: int) -> Measured:
-    """Features of all images, and their statistics."""
-    sums, parts = Sums(extractor), []
-    for features in features_of(extractor, images, batch):
-        sums.add(features)
-        parts.append([part if part is None else part.cpu() for part in features])
-    whole = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
-    return Measured(sums.result(images), Features(*whole))
-
-
-def measure_statistics(extractor: nn.Module, images: ImageSet, batch: int) -> Statistics:
-    """The statistics alone: a million images need no more memory than a few."""
-    sums = Sums(extractor)
-    for features in features_of(extractor, images, batch):
-        sums.add(features)
-    return sums.result(images)
-
-
-def measure_reference(extractor: nn.Module, reference: Reference, batch: int) -> Measured:
+def measure_reference(extractor: nn.Module, reference: Reference, batch: int, ranks: Ranks) -> Measured:
     """Statistics that are stored count; images beside them are for precision and recall."""
     statistics = None
     if reference.statistics is not None:
         widths = extractor.dim, extractor.spatial_dim
-        statistics = read_statistics(reference.statistics, extractor.name, extractor.fingerprint, *widths)
+        with ranks.failing_together():
+            statistics = read_statistics(reference.statistics, extractor.name, extractor.fingerprint, *widths)
     if reference.images is None:
         return Measured(statistics, None)
-    measured = measure(extractor, reference.images, batch)
+    measured = measure(extractor, reference.images, batch, ranks)
     return measured._replace(statistics=statistics or measured.statistics)
 
 
-def part_of(images: Measured, rows: np.ndarray) -> Measured:
-    """Some of the images."""
-    features = Features(*(part if part is None else part[rows] for part in images.features))
-    gaussians = [Gaussian(*moments(part)) for part in (features.pooled, features.spatial) if part is not None]
-    whole = images.statistics
-    return Measured(Statistics(whole.source, len(rows), whole.height, whole.width, *gaussians), features)
-
-
-def in_halves(images: Measured) -> tuple[Measured, Measured]:
-    """Two halves without an image in common, drawn at random, always the same."""
-    order = np.random.default_rng(SHUFFLE_SEED).permutation(len(images.features.pooled))
-    middle = len(order) // 2
-    return part_of(images, np.sort(order[:middle])), part_of(images, np.sort(order[middle:]))
-
-
-# --- scoring ------------------------------------------------------------------------------------------------------------
-
-
-def score(samples: Measured, reference: Measured, extractor: nn.Module, config: EvaluateConfig) -> dict:
-    """One column of the table; None for what cannot be known from the statistics of a reference."""
-    ours, theirs = samples.statistics, reference.statistics
-    figures = {
-        "images": ours.count,
-        "reference images": theirs.count,
-        extractor.distance_name: frechet_distance(*ours.pooled, *theirs.pooled),
-    }
-    if ours.spatial:
-        figures[f"s{extractor.distance_name}"] = frechet_distance(*ours.spatial, *theirs.spatial) if theirs.spatial else None
-    figures[extractor.score_name] = inception_score(samples.features.logits.softmax(1), config.split)
-    precision = recall = None
-    if reference.features is not None:
-        device = next(extractor.parameters()).device
-        precision, recall = precision_recall(reference.features.pooled, samples.features.pooled, config.k, device=device)
-    return {**figures, "precision": precision, "recall": recall}
-
-
-def notes_on(samples: Measured, reference: Measured, extractor: nn.Module, config: EvaluateConfig) -> list[str]:
-    """What a reader of the scores should know."""
-    notes = []
-    count = samples.statistics.count
-    if extractor.fingerprint != extractor.published:
-        notes.append(
-            f"the weights are not those published for {extractor.distance_name}: compare these scores only among themselves"
-        )
-    fewest = min(count, reference.statistics.count or count)
-    if fewest <= extractor.dim:
-        notes.append(
-            f"{extractor.distance_name} from {fewest} images, not more than the {extractor.dim} features, is too large: "
-            "compare it only with that of as many images"
-        )
-    if reference.statistics.count is None:
-        notes.append(f"{reference.statistics.source} does not say how many images its statistics are of")
-    if count > config.split:  # otherwise all is one split, in which order does not matter
-        order = np.random.default_rng(SHUFFLE_SEED).permutation(count)
-        logits = samples.features.logits
-        as_stored, shuffled = (inception_score(rows.softmax(1), config.split) for rows in (logits, logits[order]))
-        if abs(shuffled / as_stored - 1) > 0.02:
-            notes.append(
-                f"{extractor.score_name} is {shuffled:.4f} where the samples are shuffled: they seem to be sorted by class, "
-                "which lowers the score of every split"
-            )
-    return notes
+# --- showing ------------------------------------------------------------------------------------------------------------
 
 
 def table(columns: dict[str, dict]) -> str:
@@ -256,82 +166,172 @@ def table(columns: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def as_text(name: str, value: float | None) -> str:
+def as_text(name: str, value: float | str | None) -> str:
     if value is None:
         return "unknown" if name == "reference images" else "needs images"
+    if isinstance(value, str):
+        return value
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def code_table(codes: dict[str, dict]) -> str:
+    """Usage of codes by scale."""
+    lines = [f"{'codes at scale':<18}{'used':>8}{'share':>8}{'perplexity':>12}"]
+    lines += [f"{name:<18}{row['used']:>8,}{row['share']:>8.1%}{row['perplexity']:>12,.1f}" for name, row in codes.items()]
+    return "\n".join(lines)
 
 
 # --- the commands -------------------------------------------------------------------------------------------------------
 
 
-def load(config: EvaluateConfig | StatsConfig) -> nn.Module:
-    extractor = load_extractor(config.extractor, config.weights)
-    return extractor.to("cuda" if torch.cuda.is_available() else "cpu")
+def load(config: EvaluateConfig | StatsConfig | ReconstructionConfig, ranks: Ranks) -> nn.Module:
+    """The extractor, on this rank's device."""
+    for is_first in (True, False):  # the main rank downloads what is not there yet, the others find it
+        with ranks.failing_together():
+            if is_first == ranks.is_main:
+                extractor = load_extractor(config.extractor, config.weights)
+    return extractor.to(ranks.device)
 
 
-def evaluate(config: EvaluateConfig) -> None:
-    check_free(config.json, "--json", config.overwrite)
+def load_lpips_of_all(ranks: Ranks) -> tuple[LPIPS | None, str]:
+    """LPIPS on this rank's device, or None on all ranks with what one of them lacks."""
+    for is_first in (True, False):  # the main rank downloads, as above
+        if is_first == ranks.is_main:
+            lpips, lacking = load_lpips()
+        ranks.barrier()
+    if ranks.largest(int(lpips is None)):
+        return None, lacking or "is not to be had on every rank"
+    return lpips.to(ranks.device), ""
+
+
+def store(
+    config: EvaluateConfig | ReconstructionConfig, figures: dict, extractor: nn.Module, batch: int, ranks: Ranks, began: float
+) -> None:
+    """The figures, with what they depend on and what they took, at --json where it is given."""
+    if not config.json:
+        return
+    settings = {
+        "settings": {**asdict(config), "batch": batch},
+        "extractor": {"name": extractor.name, "weights_sha256": extractor.fingerprint},
+    }
+    effort = {
+        "ranks": ranks.world,
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.monotonic() - began, 1),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),  # of the main rank
+    }
+    evidence.store(Path(config.json), {**settings, **figures, **effort})
+
+
+def evaluate(config: EvaluateConfig, ranks: Ranks) -> None:
     began = time.monotonic()
-    samples, reference = open_images(config.samples), open_reference(config.reference, config.extractor)
-    real = open_images(config.real) if config.real else None
-    neighbours = f"k={config.k} neighbours need"
-    for images in (samples, reference.images, real):
-        if images is not None:
-            check_sizes(samples, images)
-            check_count(images.source, images.count, config.k + 1, neighbours)
-    if config.halves:
-        if reference.statistics is not None:
-            raise ValueError(f"{config.reference}: statistics cannot be halved: give a reference of images, or no --halves")
-        check_count(config.reference, reference.images.count, 2 * (config.k + 1), f"halves and {neighbours}")
+    with ranks.failing_together():
+        check_free(config.json, "--json", config.overwrite)
+        samples, reference = open_images(config.samples), open_reference(config.reference, config.extractor)
+        real = open_images(config.real) if config.real else None
+        neighbours = f"k={config.k} neighbours need"
+        for images in (samples, reference.images, real):
+            if images is not None:
+                check_sizes(samples, images)
+                check_count(images.source, images.count, config.k + 1, neighbours)
+        if config.halves:
+            if reference.statistics is not None:
+                raise ValueError(f"{config.reference}: statistics cannot be halved: give a reference of images, or no --halves")
+            check_count(config.reference, reference.images.count, 2 * (config.k + 1), f"halves and {neighbours}")
 
-    extractor = load(config)
-    batch = batch_size(config, extractor)
-    against = measure_reference(extractor, reference, batch)
-    check_sizes(samples, against.statistics)
-    made = measure(extractor, samples, batch)
-    columns = {"samples": score(made, against, extractor, config)}
-    if real is not None:
-        columns["real"] = score(measure(extractor, real, batch), against, extractor, config)
+    extractor = load(config, ranks)
+    batch = config.batch or batch_size(extractor)
+    against = measure_reference(extractor, reference, batch, ranks)
+    with ranks.failing_together():
+        check_sizes(samples, against.statistics)
+    made = measure(extractor, samples, batch, ranks)
+    further = measure(extractor, real, batch, ranks) if real else None
+    if not ranks.is_main:
+        return
+    choices = (config.k, config.split, torch.float32 if config.float32 else torch.float16)
+    columns = {"samples": score(made, against, extractor, *choices)}
+    if further is not None:
+        columns["real"] = score(further, against, extractor, *choices)
     elif config.halves:
-        columns["real, halves"] = score(*in_halves(against), extractor, config)
-    notes = notes_on(made, against, extractor, config)
+        columns["real, halves"] = score(*in_halves(against), extractor, *choices)
+    notes = notes_on_scores(made, against, extractor, config.split)
     print("\n".join([table(columns), *notes]))
-    if config.json:
-        figures = {
-            "settings": {**asdict(config), "batch": batch},
-            "extractor": {"name": extractor.name, "weights_sha256": extractor.fingerprint},
-            "pixels": [samples.height, samples.width],
-            "scores": columns,
-            "notes": notes,
-            "threads": torch.get_num_threads(),
-            "seconds": round(time.monotonic() - began, 1),
-            "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
-        }
-        evidence.store(Path(config.json), figures)
+    dump = finished_settings(Path(config.samples))  # of samples that sample.py made
+    figures = {"pixels": [samples.height, samples.width], "dump": dump, "scores": columns, "notes": notes}
+    store(config, figures, extractor, batch, ranks, began)
 
 
-def stats(config: StatsConfig) -> None:
-    check_free(config.out, "--out", config.overwrite)
-    images = open_images(config.images)
-    check_count(images.source, images.count, 2, "a covariance needs")
-    extractor = load(config)
-    statistics = measure_statistics(extractor, images, batch_size(config, extractor))
-    write_statistics(Path(config.out), statistics, extractor.name, extractor.fingerprint)
-    print(f"wrote the statistics of {images.count} images of {images.width}x{images.height} pixels to {config.out}")
+def stats(config: StatsConfig, ranks: Ranks) -> None:
+    with ranks.failing_together():
+        check_free(config.out, "--out", config.overwrite)
+        images = open_images(config.images)
+        check_count(images.source, images.count, 2, "a covariance needs")
+    extractor = load(config, ranks)
+    statistics = measure(extractor, images, config.batch, ranks, keep_features=False).statistics
+    if ranks.is_main:
+        write_statistics(Path(config.out), statistics, extractor.name, extractor.fingerprint)
+        print(f"wrote the statistics of {images.count} images of {images.width}x{images.height} pixels to {config.out}")
+
+
+def reconstruction(config: ReconstructionConfig, ranks: Ranks) -> None:
+    began = time.monotonic()
+    with ranks.failing_together():
+        check_free(config.json, "--json", config.overwrite)
+        check_free(config.out, "--out", config.overwrite)
+        whole = open_images(config.images)
+        reason = f"--num={config.num} needs" if config.num else "a covariance needs"
+        check_count(whole.source, whole.count, config.num or 2, reason)
+        tokenizer = load_tokenizer(config.vae).to(ranks.device)
+        images = FittedImages(whole, *tokenizer.config.image_shape)
+    extractor = load(config, ranks)
+    lpips, lacking = load_lpips_of_all(ranks)
+    batch = config.batch or BATCH[ranks.device.type]
+    rows = [i * whole.count // config.num for i in range(config.num)] if config.num else None
+    quality = measure_reconstruction(tokenizer, images, extractor, lpips, rows=rows, batch=batch, ranks=ranks)
+    if not ranks.is_main:
+        return
+    count, distance = quality.originals.count, f"r{extractor.distance_name}"
+    scores = {
+        "images": count,
+        distance: frechet_distance(*quality.originals.pooled, *quality.reconstructions.pooled),
+        "PSNR": quality.psnr,
+        "SSIM": quality.ssim,
+        "LPIPS": quality.lpips,
+    }
+    lacks = {"SSIM": f"needs {WINDOW}x{WINDOW} pixels", "LPIPS": lacking}
+    shown = {name: lacks[name] if value is None else value for name, value in scores.items()}
+    names = [f"{height}x{width}" for height, width in tokenizer.pyramid.shapes]
+    codes = {name: asdict(usage) for name, usage in zip([*names, "all"], [*quality.scales, quality.all_scales], strict=True)}
+    notes = notes_on_distance(extractor, distance, count)
+    print("\n".join([table({"reconstructions": shown}), code_table(codes), *notes]))
+    if config.out:
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+        plots.grid(list(quality.pairs), ["original", "reconstruction"]).save(config.out)
+    figures = {
+        "pixels": [images.height, images.width],
+        "tokenizer": {"weights_sha256": weights_hash(tokenizer), "num_codes": tokenizer.config.num_codes},
+        "scores": scores,
+        "codes": codes,
+        "notes": [*notes, *(f"{name} {lacks[name]}" for name, value in scores.items() if value is None)],
+    }
+    store(config, figures, extractor, batch, ranks, began)
+
+
+COMMANDS = {
+    "stats": (StatsConfig, stats, "Store the statistics of reference images."),
+    "reconstruction": (ReconstructionConfig, reconstruction, "Score what a tokenizer makes of images, against the images."),
+}
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["stats"]:
-        config = cli.parse(StatsConfig, "Store the statistics of reference images.", sys.argv[2:])
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in COMMANDS:
+        config_class, command, description = COMMANDS[name]
+        config = cli.parse(config_class, description, sys.argv[2:])
     else:
-        config = cli.parse(EvaluateConfig, __doc__)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("scripts/evaluate.py does not share out its images over ranks: run it without torchrun")
-    if isinstance(config, StatsConfig):
-        stats(config)
-    else:
-        evaluate(config)
+        command, config = evaluate, cli.parse(EvaluateConfig, __doc__)
+    with process_group() as ranks:
+        command(config, ranks)
 
 
 if __name__ == "__main__":

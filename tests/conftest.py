@@ -3,6 +3,8 @@
 import pytest
 import torch
 from commands import make_images, make_tokenizer
+from torch_fidelity import feature_extractor_inceptionv3
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 torch.set_num_threads(1)  # small models are many times slower with threads that wait for one another
 
@@ -17,3 +19,19 @@ def images(tmp_path_factory):
 def tokenizer(tmp_path_factory):
     """A checkpoint of a tiny tokenizer with random weights."""
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """A file of random weights for Inception; the published ones are not at hand in tests."""
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, tensors: None)
+        network = FeatureExtractorInceptionV3("random", ["2048"])
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):  # or nothing of an image would be left behind so many layers
+            torch.nn.init.kaiming_normal_(module.weight)
+    torch.save(network.state_dict(), path)
+    return path

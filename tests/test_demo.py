@@ -58,6 +58,7 @@ def test_a_failing_step_ends_the_demo_with_its_name(demo, tmp_path, monkeypatch,
 
 def test_the_whole_demo_runs_and_writes_everything(demo, tmp_path, monkeypatch, capsys):
     """A few steps of everything; the figures are worth nothing, but all of them are there."""
+    monkeypatch.setattr(demo, "NUM_SAMPLES", 80)
     words = ["--out", tmp_path, "--tokenizer_minutes=0.03", "--transformer_minutes=0.03"]
     code, output, errors = run_in_process(demo.main, words, monkeypatch, capsys)
     assert code == 0, errors
@@ -66,4 +67,6 @@ def test_the_whole_demo_runs_and_writes_everything(demo, tmp_path, monkeypatch, 
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert {"val_loss", "unigram_entropy", "recognised_samples", "recognised_real"} <= set(metrics)
     assert f"{metrics['recognised_real']:.1%} of real held-out images" in output
+    assert f"FD-EffLite0          {metrics['fd_samples']:.1f} of 80 samples" in output
+    assert metrics["fd_samples"] > metrics["fd_reconstructions"] > metrics["fd_real"] > 1
     assert len(TokenCache(tmp_path / "tokens", "train")) == 9000

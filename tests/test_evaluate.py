@@ -1,14 +1,19 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import run_in_process, script
+from commands import make_tokenizer, run_in_process, run_in_shell, script
 from PIL import Image
 from torch import nn
 
+from models.tokenizer import TokenizerConfig
+from utils.checkpoint import load_tokenizer
 from utils.features import Features
 from utils.metrics import frechet_distance, inception_score, moments, precision_recall
+from utils.reconstruction import reconstruct
+from utils.similarity import psnr
 
 evaluate = script("evaluate")
 
@@ -20,6 +25,7 @@ class SmallExtractor(nn.Module):
     distance_name = "FD-EffLite0"
     score_name = "IS-EffLite0"
     dim = 5
+    num_classes = 7
     spatial_dim = 0
     fingerprint = published = "small"
 
@@ -63,10 +69,15 @@ def small(monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """Called with file names in the test's folder; exit code, output, and errors without the progress bar."""
+    """Called with file names in the test's folder, with EfficientNet-Lite0 unless told otherwise.
+
+    Gives exit code, output, and errors without the progress bar.
+    """
 
     def call(*words):
         words = [tmp_path / word if str(word).split(".")[0] in NAMES else word for word in words]
+        if not any(str(word).startswith("--extractor") for word in words):
+            words.append("--extractor=efflite0")
         code, output, errors = run_in_process(evaluate.main, words, monkeypatch, capsys)
         return (
             code,
@@ -77,7 +88,7 @@ def command(monkeypatch, capsys, tmp_path):
     return call
 
 
-NAMES = ("samples", "real", "other", "statistics", "scores", "pictures", "none")
+NAMES = ("samples", "real", "other", "statistics", "scores", "picture", "pictures", "none")
 
 
 def some_images(count: int, seed: int = 0, brightness: int = 256, height: int = 8, width: int = 8) -> np.ndarray:
@@ -150,18 +161,13 @@ def test_real_images_are_scored_beside_the_samples(tmp_path, small, command):
     assert scores["real"]["FD-EffLite0"] < scores["samples"]["FD-EffLite0"]
 
 
-def test_halves_of_the_reference_have_no_image_in_common(tmp_path, small, command):
+def test_halves_of_the_reference_are_scored_beside_the_samples(tmp_path, small, command):
     save(tmp_path, samples=some_images(30, seed=1), real=some_images(41))
     code, shown, _ = command("samples.npz", "real.npz", "--halves", "--json", "scores.json")
     assert code == 0
     halves = stored_scores(tmp_path, "real, halves")
     assert (halves["images"], halves["reference images"]) == (20, 21)
     assert 0 < halves["FD-EffLite0"] < 1
-    whole = evaluate.measure(SmallExtractor(), evaluate.open_images(tmp_path / "real.npz"), 16)
-    one, other = evaluate.in_halves(whole)
-    rows = {tuple(row.tolist()) for row in torch.cat([one.features.pooled, other.features.pooled])}
-    assert rows == {tuple(row.tolist()) for row in whole.features.pooled}
-    assert len(rows) == 41
 
 
 def test_statistics_give_the_same_distance_and_need_images_for_the_rest(tmp_path, small, command):
@@ -256,6 +262,147 @@ def test_references_of_the_openai_evaluator_give_their_own_statistics(tmp_path, 
     assert stored_scores(tmp_path) == {**found, "sFID": None, "precision": None, "recall": None}
 
 
+def test_distances_may_be_in_float32(tmp_path, small, command):
+    """Features of hundreds with differences of a hundredth: in float16 all distances are alike."""
+    made, real = (np.full((30, 8, 8, 3), 200, np.uint8) for _ in range(2))
+    made[:, :2], real[:, :2] = some_images(30, seed=1)[:, :2], some_images(30)[:, :2]
+    save(tmp_path, samples=made, real=real)
+    for words, dtype in (([], torch.float16), (["--float32"], torch.float32)):
+        assert command("samples.npz", "real.npz", "--json", "scores.json", "--overwrite", *words)[0] == 0
+        found = stored_scores(tmp_path)
+        expected = precision_recall(features_of(real).pooled, features_of(made).pooled, dtype=dtype)
+        assert (found["precision"], found["recall"]) == expected
+        assert json.loads((tmp_path / "scores.json").read_text())["settings"]["float32"] == bool(words)
+
+
+# --- reconstruction -----------------------------------------------------------------------------------------------------
+
+
+def test_reconstructions_are_scored_against_their_originals(tmp_path, tokenizer, small, command):
+    real = some_images(20, height=16, width=16)
+    save(tmp_path, real=real)
+    words = ["real.npz", "--vae", tokenizer, "--batch=8", "--json", "scores.json", "--out", "picture.png"]
+    code, shown, errors = command("reconstruction", *words)
+    assert (code, errors) == (0, "")
+    decoded, indices = reconstruct(load_tokenizer(tokenizer), real)
+    stored = json.loads((tmp_path / "scores.json").read_text())
+    found = stored["scores"]
+    expected = frechet_distance(*moments(features_of(decoded).pooled), *moments(features_of(real).pooled))
+    assert list(found) == ["images", "rFD-EffLite0", "PSNR", "SSIM", "LPIPS"]
+    assert found["images"] == 20
+    assert found["rFD-EffLite0"] == pytest.approx(expected, rel=1e-3)
+    assert found["PSNR"] == pytest.approx(psnr(torch.from_numpy(real), torch.from_numpy(decoded)).mean().item(), abs=1e-3)
+    assert -1 < found["SSIM"] < 1
+    for name in ("rFD-EffLite0", "PSNR", "SSIM"):
+        assert any(line.split() == [name, f"{found[name]:.4f}"] for line in shown.splitlines())
+    assert list(stored["codes"]) == ["1x1", "2x2", "3x3", "4x4", "all"]
+    assert stored["codes"]["4x4"]["used"] == len(indices[3].unique())
+    assert stored["codes"]["4x4"]["share"] == len(indices[3].unique()) / stored["tokenizer"]["num_codes"]
+    assert any(line.split()[:2] == ["4x4", str(len(indices[3].unique()))] for line in shown.splitlines())
+    assert (stored["settings"]["vae"], stored["settings"]["batch"], stored["pixels"]) == (str(tokenizer), 8, [16, 16])
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.height < 2 * 70  # two rows of 64 pixels
+        assert picture.width > 8 * 64
+
+
+def test_lpips_that_cannot_be_had_is_no_error(tmp_path, tokenizer, small, command, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_lpips", lambda: (None, "needs the package lpips"))
+    save(tmp_path, real=some_images(9, height=16, width=16))
+    code, shown, _ = command("reconstruction", "real.npz", "--vae", tokenizer, "--json", "scores.json")
+    assert code == 0
+    assert ["LPIPS", "needs the package lpips"] in [line.split(maxsplit=1) for line in shown.splitlines()]
+    stored = json.loads((tmp_path / "scores.json").read_text())
+    assert stored["scores"]["LPIPS"] is None
+    assert "LPIPS needs the package lpips" in stored["notes"]
+
+
+def test_small_images_have_no_ssim(tmp_path, small, command):
+    small_tokenizer = make_tokenizer(tmp_path / "tokenizer", TokenizerConfig((1, 2), 32, (1, 1, 1), 1, 32, 8))  # 8 px
+    save(tmp_path, real=some_images(9))
+    code, shown, _ = command("reconstruction", "real.npz", "--vae", small_tokenizer)
+    assert code == 0
+    assert ["SSIM", "needs 11x11 pixels"] in [line.split(maxsplit=1) for line in shown.splitlines()]
+
+
+def test_images_of_a_data_set_are_resized_and_spread_evenly(images, tokenizer, small, command, monkeypatch):
+    """Nine of 20x20 pixels in class folders; four of them come from all three."""
+    seen = []
+    measure_reconstruction = evaluate.measure_reconstruction
+    monkeypatch.setattr(
+        evaluate,
+        "measure_reconstruction",
+        lambda tokenizer, images, *_, **options: (
+            seen.append((images, options["rows"])) or measure_reconstruction(tokenizer, images, *_, **options)
+        ),
+    )
+    code, shown, _ = command("reconstruction", images / "val", "--vae", tokenizer, "--num=4")
+    assert code == 0
+    assert ["images", "4"] in [line.split() for line in shown.splitlines()]
+    ((fitted, rows),) = seen
+    assert (fitted.height, fitted.width) == (16, 16)
+    assert [fitted.whole.paths[row].parent.name for row in rows] == ["cat", "cat", "dog", "fox"]
+
+
+# --- several ranks ------------------------------------------------------------------------------------------------------
+
+
+def assert_nearly_equal(found: dict, expected: dict) -> None:
+    """But for rounding, as sums are added in another order; singular covariances show it most."""
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        exactness = 1e-8 if "FD" in name else 1e-12
+        assert found[name] == (value if value is None else pytest.approx(value, rel=exactness)), name
+
+
+def test_two_ranks_give_the_scores_of_one(tmp_path, command):
+    """27 images are four batches, two for each; 5 are one, so the second rank has none."""
+    save(tmp_path, samples=some_images(27, seed=1), real=some_images(21), other=some_images(5, seed=2))
+    words = ["samples.npz", "real.npz", "--real", "other.npz", "--batch=8", "--split=10", "--json", "scores.json"]
+    words.append("--extractor=efflite0")
+    assert command(*words)[0] == 0
+    alone = json.loads((tmp_path / "scores.json").read_text())
+    paths = [tmp_path / word if word.endswith((".npz", ".json")) else word for word in words]
+    together = run_in_shell("scripts/evaluate.py", *paths, "--overwrite", ranks=2)
+    assert together.returncode == 0, together.stderr
+    shared = json.loads((tmp_path / "scores.json").read_text())
+    assert (alone["ranks"], shared["ranks"]) == (1, 2)
+    for column in ("samples", "real"):
+        assert_nearly_equal(shared["scores"][column], alone["scores"][column])
+    assert together.stdout.count("FD-EffLite0  ") == 1
+    assert shared["notes"] == alone["notes"]
+
+
+def test_two_ranks_reconstruct_what_one_does(tmp_path, tokenizer, command):
+    save(tmp_path, real=some_images(21, height=20, width=16))
+    words = ["reconstruction", "real.npz", "--vae", tokenizer, "--batch=8", "--num_images=19", "--json", "scores.json"]
+    words.append("--extractor=efflite0")
+    assert command(*words, "--out", "picture.png")[0] == 0
+    alone, picture = json.loads((tmp_path / "scores.json").read_text()), (tmp_path / "picture.png").read_bytes()
+    paths = [tmp_path / word if str(word).startswith(("real.", "scores.")) else word for word in words]
+    together = run_in_shell("scripts/evaluate.py", *paths, "--out", tmp_path / "picture.png", "--overwrite", ranks=2)
+    assert together.returncode == 0, together.stderr
+    shared = json.loads((tmp_path / "scores.json").read_text())
+    assert_nearly_equal(shared["scores"], alone["scores"])
+    assert shared["codes"] == alone["codes"]
+    assert (tmp_path / "picture.png").read_bytes() == picture
+
+
+def test_a_bad_file_that_one_rank_finds_ends_both_with_one_line(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, image in enumerate(some_images(20)):
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+    (folder / "17.png").write_bytes((folder / "17.png").read_bytes()[:120])
+    out = tmp_path / "statistics.npz"
+    words = ["scripts/evaluate.py", "stats", folder, "--out", out, "--batch=4", "--extractor=efflite0"]
+    found = run_in_shell(*words, ranks=2, timeout=100)
+    assert found.returncode != 0
+    assert found.stderr.count("error: ") == 1
+    assert "[rank 1]: error: " in found.stderr
+    assert "17.png: not a readable picture" in found.stderr
+    assert not out.exists()
+
+
 # --- bad input ----------------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +425,11 @@ def test_references_of_the_openai_evaluator_give_their_own_statistics(tmp_path, 
         (["statistics.npz", "real.npz"], "statistics.npz: has mu float64 (5,), sigma float64 (5, 5)"),
         (["stats", "pictures", "--out", "scores.npz"], "pictures: no pictures"),
         (["stats", "real.npz", "--out", "pictures.npz"], "pictures.npz: is a directory: give --out the name of a file"),
+        (["reconstruction", "none.npz", "--vae=none"], "none.npz: no such file or folder"),
+        (["reconstruction", "real.npz", "--vae=none"], "none: no such file or directory; give a tokenizer"),
+        (["reconstruction", "real.npz", "--vae=none", "--num=41"], "real.npz: 40 images, --num=41 needs at least 41"),
+        (["reconstruction", "pictures", "--vae=none"], "pictures: no pictures"),
+        (["reconstruction", "real.npz", "--vae=none", "--out", "statistics.png"], "statistics.png: is there already"),
         (
             ["stats", "real.npz", "--out", "statistics.npz"],
             "statistics.npz: is there already: give another --out, or --overwrite",
@@ -288,6 +440,7 @@ def test_input_that_cannot_be_scored_gets_one_line(tmp_path, small, command, wor
     save(tmp_path, samples=some_images(30, seed=1), real=some_images(40), other=some_images(30, width=9))
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures.npz").mkdir()
+    (tmp_path / "statistics.png").write_text("mine")
     assert command("stats", "real.npz", "--out", "statistics.npz")[0] == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     code, shown, errors = command(*words, *([] if words[0] == "stats" else ["--json", "scores.json"]))
@@ -295,6 +448,98 @@ def test_input_that_cannot_be_scored_gets_one_line(tmp_path, small, command, wor
     assert message.format(tmp=tmp_path) in errors
     assert errors.count("\n") == 1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+class Trap:
+    """An object that writes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def pictures_one_of_them_cut(folder: Path) -> None:
+    folder.mkdir()
+    for i, image in enumerate(some_images(9, height=40, width=40)):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    cut_in_half(folder / "7.png")
+
+
+def statistics_with(path: Path, **changes) -> None:
+    origin = {"extractor": "efflite0", "fingerprint": "small", "count": 9, "height": 40, "width": 40}
+    np.savez(path, **({"mu": np.zeros(5), "sigma": np.eye(5)} | origin | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("a.npz", lambda path: np.savez(path, np.zeros((9, 40, 40), np.uint8)), "has arr_0 uint8 (9, 40, 40): images are"),
+        (
+            "a.npz",
+            lambda path: np.savez(path, np.zeros((9, 40, 40, 3), np.float32)),
+            "has arr_0 float32 (9, 40, 40, 3): ",
+        ),
+        ("a.npz", lambda path: np.savez(path, some_images(3, height=40, width=40)), "3 images, k=3 neighbours need at least 4"),
+        (
+            "a.npz",
+            lambda path: (np.savez(path, some_images(9)), cut_in_half(path)),
+            "not a readable .npz (File is not a zip",
+        ),
+        ("a.npz", lambda path: path.mkdir(), "no pictures (.png, .jpg, .jpeg) in this folder"),
+        ("a", pictures_one_of_them_cut, "a/7.png: not a readable picture (image file is truncated"),
+        (
+            "a.npz",
+            lambda path: np.savez(path, labels=np.array([Trap(path.with_name("executed"))]), arr_0=some_images(9)),
+            "labels holds pickled objects, which are not loaded",
+        ),
+        (
+            "a.npz",
+            lambda path: statistics_with(path, mu=np.array([Trap(path.with_name("executed"))] * 5)),
+            "mu holds pickled objects, which are not loaded",
+        ),
+        ("a.npz", lambda path: statistics_with(path, extractor="inception"), "statistics of inception, not of efflite0"),
+        ("a.npz", lambda path: statistics_with(path, fingerprint="other"), "made with other weights of efflite0"),
+        ("a.npz", lambda path: statistics_with(path, mu=np.zeros(7)), "mean (7,) and covariance (5, 5) instead of 5 features"),
+        (
+            "a.npz",
+            lambda path: statistics_with(path, mu=np.full(5, np.nan)),
+            "has NaN or infinity: make these",
+        ),
+        ("a.npz", lambda path: statistics_with(path, sigma=np.full((5, 5), np.inf)), "has NaN or infinity"),
+        ("a.npz", lambda path: statistics_with(path, count=np.zeros(3)), "described by more than single values"),
+        ("a.npz", lambda path: path.write_text("image,label"), "not a readable .npz"),
+    ],
+)
+def test_wrong_files_get_one_line_and_nothing_is_written(tmp_path, small, command, name, make, message):
+    save(tmp_path, samples=some_images(9, height=40, width=40))
+    make(tmp_path / name)
+    (tmp_path / "scores.json").write_text("mine")
+    for words in (["samples.npz", tmp_path / name], [tmp_path / name, "samples.npz"]):
+        code, shown, errors = command(*words, "--json", "scores.json", "--overwrite")
+        assert (code, shown) == (1, "")
+        assert errors.count("\n") == 1
+        if name == "a" or words[0] == "samples.npz":
+            assert message in errors
+        assert (tmp_path / "scores.json").read_text() == "mine"
+    assert not (tmp_path / "executed").exists()
+
+
+def test_nothing_is_executed_from_the_shell_either(tmp_path):
+    np.savez(tmp_path / "trap.npz", arr_0=np.array([Trap(tmp_path / "executed")] * 9))
+    save(tmp_path, real=some_images(9))
+    found = run_in_shell(
+        "scripts/evaluate.py", tmp_path / "trap.npz", tmp_path / "real.npz", "--json", tmp_path / "scores.json"
+    )
+    assert (found.returncode, found.stdout) == (1, "")
+    assert "trap.npz: not a readable .npz (arr_0 holds pickled objects, which are not loaded)" in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["real.npz", "trap.npz"]
 
 
 def test_one_image_has_no_statistics(tmp_path, small, command):
@@ -337,6 +582,9 @@ def test_scores_are_not_overwritten_unasked(tmp_path, small, command):
         (["samples.npz", "real.npz", "--batch=-1"], "--batch=-1: give at least 1, or 0"),
         (["stats", "real.npz"], "the following arguments are required: --out"),
         (["stats", "real.npz", "--out=statistics.json"], "--out=statistics.json: statistics are an .npz"),
+        (["reconstruction", "real.npz"], "the following arguments are required: --vae"),
+        (["reconstruction", "real.npz", "--vae=none", "--num=1"], "--num=1: give at least 2 images, or 0 for all"),
+        (["reconstruction", "real.npz", "--vae=none", "--out=a.txt"], "--out=a.txt: is to be a picture"),
     ],
 )
 def test_wrong_flags_get_one_line(command, words, message):

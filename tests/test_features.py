@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch_fidelity import feature_extractor_inceptionv3
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from utils import features
@@ -40,8 +39,8 @@ def pattern(height: int, width: int) -> np.ndarray:
 def test_photographs_are_recognised(extractor):
     paths = photographs()
     assert len(paths) == 20
-    images = (np.asarray(Image.open(path).convert("RGB"))[None] for path in paths)
-    found = [result.logits.argmax().item() for result in extract(extractor, images, "foolbox")]
+    images = [np.asarray(Image.open(path).convert("RGB"))[None] for path in paths]
+    found = [extract(extractor, image, "foolbox").logits.argmax().item() for image in images]
     right = sum(label == int(path.stem.split("_")[-1]) for label, path in zip(found, paths, strict=True))
     assert right >= 16
 
@@ -52,7 +51,7 @@ LOGITS = [1.07932, 0.8641, 0.12711, -1.08598, 0.5519, 0.98748]
 
 def test_values_are_those_of_separate_batch_normalisation(extractor):
     """Computed from the file's weights layer by layer, every convolution followed by its batch normalisation."""
-    (result,) = extract(extractor, [pattern(32, 48)], "pattern")
+    result = extract(extractor, pattern(32, 48), "pattern")
     assert result.pooled.shape == (1, 1280)
     assert result.logits.shape == (1, 1000)
     assert result.pooled.dtype == result.logits.dtype == torch.float32
@@ -62,8 +61,8 @@ def test_values_are_those_of_separate_batch_normalisation(extractor):
 
 def test_features_of_an_image_do_not_depend_on_its_batch(extractor):
     images = np.concatenate([pattern(32, 32), 255 - pattern(32, 32), pattern(32, 32)])
-    (together,) = extract(extractor, [images], "images")
-    apart = torch.cat([result.pooled for result in extract(extractor, [images[:1], images[1:]], "images")])
+    together = extract(extractor, images, "images")
+    apart = torch.cat([extract(extractor, part, "images").pooled for part in (images[:1], images[1:])])
     torch.testing.assert_close(together.pooled, apart, atol=1e-4, rtol=0)
     assert (together.pooled[0] - together.pooled[1]).abs().max() > 0.1
 
@@ -122,27 +121,11 @@ def test_features_that_are_not_finite_name_their_images():
     broken = EfficientNetLite0().eval()
     with torch.no_grad():
         broken.classifier.bias[3] = torch.nan
-    with pytest.raises(ValueError, match="some.npz: features of images 0 to 1 are not finite"):
-        list(extract(broken, [np.zeros((2, 8, 8, 3), np.uint8)], "some.npz"))
+    with pytest.raises(ValueError, match="some.npz: features of images 7 to 8 are not finite"):
+        extract(broken, np.zeros((2, 8, 8, 3), np.uint8), "some.npz", first=7)
 
 
 # --- Inception ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory):
-    """A file of random weights; the published ones are not at hand in tests."""
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, tensors: None)
-        network = FeatureExtractorInceptionV3("random", ["2048"])
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):  # or nothing of an image would be left behind so many layers
-            torch.nn.init.kaiming_normal_(module.weight)
-    torch.save(network.state_dict(), path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +135,7 @@ def inception(inception_weights):
 
 def test_inception_gives_the_features_of_the_openai_evaluator(inception):
     images = np.concatenate([pattern(32, 48), 255 - pattern(32, 48)])
-    (result,) = extract(inception, [images], "images")
+    result = extract(inception, images, "images")
     assert [tuple(part.shape) for part in result] == [(2, 2048), (2, 1008), (2, 2023)]
     assert all(part.dtype == torch.float32 for part in result)
     network = inception.network

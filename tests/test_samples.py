@@ -1,3 +1,5 @@
+import io
+import math
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -6,7 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.samples import Gaussian, Statistics, open_images, open_reference, read_statistics, write_statistics
+from utils.data import ImageFiles, Images
+from utils.samples import (
+    FittedImages,
+    Gaussian,
+    Statistics,
+    open_images,
+    open_reference,
+    read_statistics,
+    write_statistics,
+)
 
 
 def random_images(count: int = 5, height: int = 6, width: int = 4) -> np.ndarray:
@@ -271,3 +282,97 @@ def test_a_reference_may_be_images(tmp_path):
     assert open_reference(tmp_path / "a.npz", "inception").images.count == 5
     folder = save_pictures(tmp_path / "set", random_images(2), ["a.png", "b.png"])
     assert open_reference(folder, "inception").images.count == 2
+
+
+# --- parts and sizes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("rows", [range(2, 5), [0, 3, 4, 8], range(8, 9), range(0)])
+def test_some_images_of_an_archive(tmp_path, save, rows):
+    images = random_images(9)
+    save(tmp_path / "a.npz", arr_0=images)
+    batches = list(open_images(tmp_path / "a.npz").batches(2, rows))
+    assert [len(batch) for batch in batches] == [len(rows[i : i + 2]) for i in range(0, len(rows), 2)]
+    assert np.array_equal(np.concatenate([images[:0], *batches]), images[list(rows)])
+
+
+def test_some_images_of_a_folder_are_read_alone(tmp_path):
+    images = random_images(4)
+    folder = save_pictures(tmp_path / "set", images, ["0.png", "1.png", "2.png", "3.png"])
+    found = open_images(folder)
+    cut_in_half(folder / "2.png")
+    assert np.array_equal(np.concatenate(list(found.batches(8, [0, 1, 3]))), images[[0, 1, 3]])
+
+
+def test_images_are_resized_and_cut_as_for_training(tmp_path):
+    images = random_images(3, height=40, width=30)
+    names = ["train/a/0.png", "train/a/1.png", "train/a/2.png"]
+    folder = save_pictures(tmp_path / "set", images, names)
+    files = ImageFiles([str(folder / name) for name in names], [0, 0, 0], ["a"])
+    dataset = Images(files, pixels=16, resize=1)
+    expected = [((dataset[i, i][0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for i in range(3)]
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    for source in (folder, tmp_path / "a.npz"):
+        fitted = FittedImages(open_images(source), 16, 16)
+        assert (fitted.source, fitted.count) == (str(source), 3)
+        assert np.array_equal(np.concatenate(list(fitted.batches(2))), np.stack(expected))
+        assert np.array_equal(np.concatenate(list(fitted.batches(2, [2]))), expected[2:])
+
+
+def test_images_of_the_right_size_stay_as_they_are(tmp_path):
+    images = random_images(3, height=6, width=4)
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    assert np.array_equal(np.concatenate(list(FittedImages(open_images(tmp_path / "a.npz"), 6, 4).batches(2))), images)
+
+
+def test_only_squares_are_cut_out(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=random_images(3, height=6, width=4))
+    folder = save_pictures(tmp_path / "set", random_images(2, height=8), ["0.png", "1.png"])
+    for source, name, size in ((tmp_path / "a.npz", "a.npz", "4x6"), (folder, "set/0.png", "4x8")):
+        with pytest.raises(ValueError, match=f"{name}: {size} pixels; 8x4 are needed, and only squares are cut out: resize"):
+            list(FittedImages(open_images(source), 4, 8).batches(2))
+
+
+# --- what must not be read ----------------------------------------------------------------------------------------------
+
+
+def archive_that_claims(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> Path:
+    """An archive with an array whose header, and the archive's own directory, promise more than there is."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{name}.npy", header.getvalue() + b"\0" * 100)
+        info = archive.infolist()[0]
+        info.file_size = len(header.getvalue()) + math.prod(shape) * np.dtype(dtype).itemsize
+    return path
+
+
+@pytest.mark.parametrize("shape", [(10**9, 1000, 1000, 3), (3, 10**6, 10**6, 3)])
+def test_huge_shapes_are_not_allocated(tmp_path, shape):
+    with zipfile.ZipFile(tmp_path / "plain.npz", "w") as archive:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        archive.writestr("arr_0.npy", header.getvalue() + b"\0" * 100)
+    lying = archive_that_claims(tmp_path / "lying.npz", "arr_0", "|u1", shape)
+    tracemalloc.start()
+    try:
+        for path in (tmp_path / "plain.npz", lying):
+            with pytest.raises(ValueError, match=f"{path.name}: not a readable .npz"):
+                next(open_images(path).batches(2))
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_huge_statistics_are_not_allocated(tmp_path):
+    path = tmp_path / "s.npz"
+    for name, shape in (("mu", (10**12,)), ("sigma", (10**6, 10**6))):
+        archive_that_claims(path, name, "<f8", shape)
+        with zipfile.ZipFile(path, "a") as archive:
+            for other in {"mu", "sigma"} - {name}:
+                data = io.BytesIO()
+                np.save(data, np.zeros(3) if other == "mu" else np.eye(3))
+                archive.writestr(f"{other}.npy", data.getvalue())
+        with pytest.raises(ValueError, match=r"s.npz: mean .* and covariance .* instead of 3 features"):
+            read_statistics(path, "inception", "abc", 3, 0)

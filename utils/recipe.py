@@ -88,6 +88,11 @@ class TrainConfig:
     save_every: int = flag(0, "steps between checkpoints, 0: one epoch")
     keep: int = flag(2, "checkpoints to keep")
     val_samples: int = flag(8, "classes of which each validation draws a sample into the TensorBoard log, 0: none")
+    val_fd: int = flag(
+        0,
+        "samples that each validation draws and scores: their FD-EffLite0 from the held-out images of --data_path, "
+        "to be given beside a token cache too; 0: none",
+    )
     peak_tflops: float = flag(0.0, "peak of one GPU in TFLOP/s, for the model FLOPs utilisation; 0: known by the GPU's name")
 
     def __post_init__(self):
@@ -98,8 +103,10 @@ class TrainConfig:
             self._check_at_least(name, 0)
         for name in ("wp0", "wpe", "twd", "twde", "tclip", "pg0", "pgwp", "val_every", "save_every"):
             self._check_at_least(name, 0)
-        for name in ("val_samples", "peak_tflops"):
+        for name in ("val_samples", "peak_tflops", "val_fd"):
             self._check_at_least(name, 0)
+        if self.val_fd == 1:
+            raise ValueError("--val_fd=1: a distance needs more images: give 2 or more, or 0 for none")
         check_resize(self.mid_reso)
         if self.token_cache and (self.hflip or self.mid_reso != TrainConfig.mid_reso):
             raise ValueError("--hflip and --mid_reso are settings of the token cache: give them to scripts/cache_tokens.py")

@@ -1,24 +1,30 @@
 """Sets of images to be scored: an .npz of samples, as evaluators of any model read them, a folder of pictures, or statistics.
 
 Images are read batch by batch, so that 50,000 images need no more memory than one batch. Nothing in a file is executed.
+`rows` are the numbers of the images to be read, ascending, such as the part that one of several processes takes; None: all.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from torchvision.transforms.v2 import functional as F
 
 ORIGIN = ("extractor", "fingerprint", "count", "height", "width")  # of statistics: what they are of
 PICTURES = (".png", ".jpg", ".jpeg")
+READERS = min(os.cpu_count() or 1, 8)  # threads that decode pictures
+AT_ONCE = 4 * READERS  # pictures in memory that have not been asked for yet
 # What zipfile and NumPy raise on archives that are damaged or something else altogether.
 DAMAGED = (
     zipfile.BadZipFile,
@@ -48,8 +54,18 @@ class Array:
         return self.dtype == np.uint8 and len(self.shape) == 4 and self.shape[3] == 3 and not self.fortran_order
 
 
+class _InBatches:
+    """What sets of images share: `pictures`, one by one, make batches."""
+
+    def batches(self, size: int, rows: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+        """(N, H, W, 3) uint8, N = size but for the last; ValueError for a file that cannot be read."""
+        pictures = self.pictures(range(self.count) if rows is None else rows)
+        while batch := list(itertools.islice(pictures, size)):
+            yield np.stack(batch)
+
+
 @dataclass(frozen=True)
-class NpzImages:
+class NpzImages(_InBatches):
     """Images of an archive, in its order."""
 
     source: str
@@ -58,26 +74,26 @@ class NpzImages:
     height: int
     width: int
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        """(N, H, W, 3) uint8, N = size but for the last; ValueError where the file turns out to be damaged."""
+    def pictures(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
+        """(H, W, 3) uint8 each. What lies between the rows is passed over, in compressed archives by reading it."""
+        shape = (self.height, self.width, 3)
+        length = math.prod(shape)
         with reading(self.source), zipfile.ZipFile(self.source) as archive, archive.open(f"{self.array}.npy") as member:
             read_header(self.array, member)
-            for start in range(0, self.count, size):
-                shape = (min(size, self.count - start), self.height, self.width, 3)
-                data = bytearray(math.prod(shape))
-                view = memoryview(data)
-                filled = 0
-                while filled < len(data):
-                    got = member.readinto(view[filled:])
-                    if not got:
-                        raise EOFError(f"{self.array} ends in image {start + filled // math.prod(shape[1:])}")
-                    filled += got
+            first = member.tell()
+            for row in rows:
+                if member.tell() != first + row * length:
+                    member.seek(first + row * length)
+                data = member.read(length)
+                if len(data) < length:
+                    raise EOFError(f"{self.array} ends in image {row}")
                 yield np.frombuffer(data, np.uint8).reshape(shape)
-            member.read(1)  # only at its end is the checksum compared
+            if rows and rows[-1] == self.count - 1:
+                member.read(1)  # only at its end is the checksum compared
 
 
 @dataclass(frozen=True)
-class FolderImages:
+class FolderImages(_InBatches):
     """Pictures of a folder and the folders in it, in the order of their paths."""
 
     source: str
@@ -89,17 +105,52 @@ class FolderImages:
     def count(self) -> int:
         return len(self.paths)
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        """(N, H, W, 3) uint8, N = size but for the last; ValueError for a file that cannot be read or is of another size."""
-        for start in range(0, self.count, size):
-            images = []
-            for path in self.paths[start : start + size]:
-                image = read_picture(path)
-                if image.shape[:2] != (self.height, self.width):
-                    sizes = f"{image.shape[1]}x{image.shape[0]} pixels, others {self.width}x{self.height}"
-                    raise ValueError(f"{path}: {sizes}: bring all to one size")
-                images.append(image)
-            yield np.stack(images)
+    def pictures(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
+        """(H, W, 3) uint8 each; ValueError for a file that cannot be read or is of another size."""
+        for row, image in zip(rows, self.of_any_size(rows), strict=True):
+            if image.shape[:2] != (self.height, self.width):
+                sizes = f"{image.shape[1]}x{image.shape[0]} pixels, others {self.width}x{self.height}"
+                raise ValueError(f"{self.paths[row]}: {sizes}: bring all to one size")
+            yield image
+
+    def of_any_size(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
+        """The same, each of the size it has; a few are read at once, which keeps a GPU busier."""
+        with ThreadPoolExecutor(READERS) as readers:
+            for start in range(0, len(rows), AT_ONCE):
+                yield from readers.map(read_picture, [self.paths[row] for row in rows[start : start + AT_ONCE]])
+
+
+@dataclass(frozen=True)
+class FittedImages(_InBatches):
+    """Images of a set brought to one size as for training: the shorter side resized (Lanczos), then the centre cut out."""
+
+    whole: NpzImages | FolderImages
+    height: int
+    width: int
+
+    @property
+    def source(self) -> str:
+        return self.whole.source
+
+    @property
+    def count(self) -> int:
+        return self.whole.count
+
+    def pictures(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
+        """(H, W, 3) uint8 each; one that has this size stays as it is. ValueError for another size unless this is square."""
+        of_folder = isinstance(self.whole, FolderImages)
+        for row, image in zip(rows, self.whole.of_any_size(rows) if of_folder else self.whole.pictures(rows), strict=True):
+            if image.shape[:2] == (self.height, self.width):
+                yield image
+                continue
+            if self.height != self.width:
+                name = self.whole.paths[row] if of_folder else self.source
+                raise ValueError(
+                    f"{name}: {image.shape[1]}x{image.shape[0]} pixels; {self.width}x{self.height} are needed, "
+                    "and only squares are cut out: resize them first"
+                )
+            resized = F.resize(Image.fromarray(image), self.height, F.InterpolationMode.LANCZOS)
+            yield np.asarray(F.center_crop(resized, self.height))
 
 
 class Gaussian(NamedTuple):
@@ -131,7 +182,7 @@ class Reference(NamedTuple):
     statistics: Path | None
 
 
-ImageSet = NpzImages | FolderImages
+ImageSet = NpzImages | FolderImages | FittedImages
 
 
 def open_images(source: str | Path) -> ImageSet:
@@ -173,30 +224,40 @@ def open_reference(source: str | Path, extractor: str) -> Reference:
 
 def read_statistics(path: Path, extractor: str, fingerprint: str, dim: int, spatial_dim: int) -> Statistics:
     """Statistics of this extractor, whose features have these widths. ValueError where they are damaged or of another."""
-    with reading(path), np.load(path, allow_pickle=False) as archive:
-        wanted = ("mu", "sigma", "mu_s", "sigma_s", *ORIGIN)
-        values = {name: archive[name] for name in wanted if name in archive}
-        is_ours = "extractor" in values
-        missing = [name for name in ("mu", "sigma", *(ORIGIN if is_ours else ())) if name not in values]
+    shapes = {array.name: array.shape for array in read_arrays(path)}
+    described = ORIGIN if "extractor" in shapes else ()
+    with reading(path):
+        missing = [name for name in ("mu", "sigma", *described) if name not in shapes]
         if missing:
             raise ValueError(f"statistics without {missing[0]}")
-        size = [int(values[name]) if is_ours else None for name in ("count", "height", "width")]
-    if is_ours and values["extractor"] != extractor:
-        raise ValueError(f"{path}: statistics of {values['extractor']}, not of {extractor}: give others, or its --extractor")
-    if is_ours and values["fingerprint"] != fingerprint:
+        if any(shapes[name] != () for name in described):
+            raise ValueError("statistics described by more than single values")
+        origin = dict(zip(described, _load(path, described), strict=True))
+        count, height, width = (int(origin[name]) if origin else None for name in ("count", "height", "width"))
+    if origin and origin["extractor"] != extractor:
+        raise ValueError(f"{path}: statistics of {origin['extractor']}, not of {extractor}: give others, or its --extractor")
+    if origin and origin["fingerprint"] != fingerprint:
         raise ValueError(f"{path}: statistics made with other weights of {extractor}: make them again with these")
-    pooled = _gaussian(path, values["mu"], values["sigma"], dim)
-    has_spatial = spatial_dim > 0 and "mu_s" in values and "sigma_s" in values
-    spatial = _gaussian(path, values["mu_s"], values["sigma_s"], spatial_dim) if has_spatial else None
-    return Statistics(str(path), *size, pooled, spatial)
+    pooled = _gaussian(path, ("mu", "sigma"), shapes, dim)
+    has_spatial = spatial_dim > 0 and {"mu_s", "sigma_s"} <= shapes.keys()
+    spatial = _gaussian(path, ("mu_s", "sigma_s"), shapes, spatial_dim) if has_spatial else None
+    return Statistics(str(path), count, height, width, pooled, spatial)
 
 
-def _gaussian(path: Path, mean: np.ndarray, covariance: np.ndarray, dim: int) -> Gaussian:
-    if (mean.shape, covariance.shape) != ((dim,), (dim, dim)):
-        raise ValueError(f"{path}: mean {mean.shape} and covariance {covariance.shape} instead of {dim} features: give others")
-    if not all(values.dtype.kind == "f" and np.isfinite(values).all() for values in (mean, covariance)):
+def _gaussian(path: Path, names: tuple[str, str], shapes: dict[str, tuple[int, ...]], dim: int) -> Gaussian:
+    found, wanted = [shapes[name] for name in names], [(dim,), (dim, dim)]
+    if found != wanted:  # found out from the headers: nothing that is too large is read
+        raise ValueError(f"{path}: mean {found[0]} and covariance {found[1]} instead of {dim} features: give others")
+    values = _load(path, names)
+    if not all(part.dtype.kind == "f" and np.isfinite(part).all() for part in values):
         raise ValueError(f"{path}: has NaN or infinity: make these statistics again")
-    return Gaussian(mean, covariance)
+    return Gaussian(*values)
+
+
+def _load(path: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """Arrays of an archive whose headers have been seen."""
+    with reading(path), np.load(path, allow_pickle=False) as archive:
+        return [archive[name] for name in names]
 
 
 def write_statistics(out: Path, statistics: Statistics, extractor: str, fingerprint: str) -> None:

@@ -1,0 +1,75 @@
+"""FD-EffLite0 of a model's samples while it trains, beside that of real images: only the two together mean anything."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from dist import Ranks
+from models.generate import generate_group, num_groups
+from models.tokenizer import VQVAE
+from models.transformer import ScaleTransformer
+from utils import data, plots
+from utils.data import Images
+from utils.features import load_extractor
+from utils.measure import Measurement, batch_size, measure_batches
+from utils.metrics import frechet_distance
+from utils.samples import Gaussian
+from utils.signals import StopRequest
+
+SEED = 0  # the same samples at every validation
+
+
+class Fidelity:
+    """Compares samples with all held-out images; and as many training images, spread evenly over the classes, likewise.
+
+    root: directory with train/ and val/. count: samples. pixels, resize: how images are prepared, as for training, but cut out
+    of the middle. Every rank makes and looks at its share, and reads its images with so many workers.
+    """
+
+    def __init__(self, root: str | Path, count: int, pixels: int, resize: float, workers: int, ranks: Ranks):
+        self.train, self.val = data.read_folders(root)
+        if len(self.val.paths) < 2:
+            raise ValueError(f"{root}/val: holds 1 image, a distance needs more: add some, or give --val_fd=0")
+        self.count, self.pixels, self.resize, self.workers, self.ranks = count, pixels, resize, workers, ranks
+        self.labels = [n * len(self.val.class_names) // count for n in range(count)]
+        self.extractor = load_extractor("efflite0").to(ranks.device)
+
+    @functools.cached_property
+    def reference(self) -> Gaussian:
+        """Of the held-out images; all ranks ask for it together."""
+        return self._measure(self.val, "held-out images")
+
+    @functools.cached_property
+    def real(self) -> float:
+        """The distance of training images from the held-out ones; all ranks ask for it together."""
+        chosen = np.linspace(0, len(self.train.paths) - 1, min(self.count, len(self.train.paths))).astype(int)
+        some = replace(self.train, **{name: [getattr(self.train, name)[i] for i in chosen] for name in ("paths", "labels")})
+        return frechet_distance(*self._measure(some, "training images"), *self.reference)
+
+    def _measure(self, files: data.ImageFiles, source: str) -> Gaussian:
+        return measure_batches(self.extractor, self._batches(files), source, self.ranks, keep_features=False).statistics.pooled
+
+    def _batches(self, files: data.ImageFiles) -> Iterator[np.ndarray]:
+        images = Images(files, self.pixels, self.resize)
+        size, ranks = batch_size(self.extractor), self.ranks
+        for batch, _ in data.val_batches(images, size, ranks.rank, ranks.world, self.workers):
+            yield plots.to_uint8((batch + 1) / 2)
+
+    def of_samples(self, transformer: ScaleTransformer, tokenizer: VQVAE, stop: StopRequest) -> float | None:
+        """The distance of samples, drawn as for FID, from the held-out images; None where a stop was requested meanwhile."""
+        ranks = self.ranks
+        groups = num_groups(self.count, ranks.device.type)
+        measurement = Measurement(self.extractor, "samples", keep_features=False)
+        for first in range(0, groups, ranks.world):
+            if ranks.largest(stop.number):
+                return None
+            # a rank without a group of its own makes the last again: the ranks of a sharded model compute together
+            group = min(first + ranks.rank, groups - 1)
+            made = generate_group(transformer, tokenizer, self.labels, group, SEED)
+            if first + ranks.rank < groups:
+                for images in made.images.split(batch_size(self.extractor)):
+                    measurement.add(plots.to_uint8(images))
+        return frechet_distance(*measurement.result(ranks).statistics.pooled, *self.reference)

@@ -1,0 +1,163 @@
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import correlate1d
+
+from utils.similarity import LPIPS, load_lpips, psnr, ssim
+
+
+def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8))
+
+
+def noisy(images: torch.Tensor, spread: float) -> torch.Tensor:
+    noise = spread * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    return (images + noise).round().clamp(0, 255).byte()
+
+
+# --- PSNR ---------------------------------------------------------------------------------------------------------------
+
+
+def test_psnr_in_closed_form():
+    images = torch.full((3, 4, 5, 3), 100, dtype=torch.uint8)
+    others = images.clone()
+    others[0] += 5
+    others[1, 0, 0, 0] -= 60  # of 60 values
+    others[2] = 200
+    expected = [20 * math.log10(255 / 5), 20 * math.log10(255) - 10 * math.log10(60), 20 * math.log10(255 / 100)]
+    torch.testing.assert_close(psnr(images, others), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(psnr(others, images), psnr(images, others))
+
+
+def test_equal_images_count_as_if_one_value_differed_by_one():
+    images = random_images(2, 6, 7)
+    others = images.clone()
+    others[1, 3, 3, 2] ^= 1
+    equal, nearly = psnr(images, others).tolist()
+    assert equal == pytest.approx(nearly)
+    assert equal == pytest.approx(20 * math.log10(255) + 10 * math.log10(6 * 7 * 3))
+
+
+# --- SSIM ---------------------------------------------------------------------------------------------------------------
+
+
+def plain_ssim(image: np.ndarray, other: np.ndarray) -> float:
+    """The formula of the paper in float64, for one channel."""
+    kernel = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    kernel /= kernel.sum()
+
+    def smooth(values: np.ndarray) -> np.ndarray:
+        return correlate1d(correlate1d(values, kernel, axis=0), kernel, axis=1)[5:-5, 5:-5]
+
+    x, y = image.astype(np.float64), other.astype(np.float64)
+    mean_x, mean_y = smooth(x), smooth(y)
+    variance_x, variance_y = smooth(x * x) - mean_x**2, smooth(y * y) - mean_y**2
+    covariance = smooth(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return np.mean(
+        (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))
+    )
+
+
+def scenes() -> dict[str, torch.Tensor]:
+    y, x = torch.meshgrid(torch.arange(20), torch.arange(31), indexing="ij")
+    return {
+        "noise": random_images(2, 20, 31),
+        "waves": (127 + 100 * torch.sin(x / 3 + y / 5)).byte()[None, ..., None].expand(2, -1, -1, 3).contiguous(),
+        "bright": torch.full((2, 20, 31, 3), 250, dtype=torch.uint8),  # where rounding would be worst
+        "black": torch.zeros((2, 20, 31, 3), dtype=torch.uint8),
+    }
+
+
+@pytest.mark.parametrize("scene", scenes())
+@pytest.mark.parametrize("spread", [1, 10, 60])
+def test_ssim_by_the_formula_of_the_paper(scene, spread):
+    images = scenes()[scene]
+    others = noisy(images, spread)
+    expected = [
+        np.mean([plain_ssim(image[..., c].numpy(), other[..., c].numpy()) for c in range(3)])
+        for image, other in zip(images, others, strict=True)
+    ]
+    torch.testing.assert_close(ssim(images, others), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_ssim_of_equal_and_of_flat_images():
+    images = random_images(2, 16, 11)
+    torch.testing.assert_close(ssim(images, images), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-9)
+    flat, other = (torch.full((1, 16, 16, 3), value, dtype=torch.uint8) for value in (100, 150))
+    c1 = (0.01 * 255) ** 2
+    assert ssim(flat, other).item() == pytest.approx((2 * 100 * 150 + c1) / (100**2 + 150**2 + c1), abs=1e-9)
+
+
+def test_ssim_is_of_each_image_by_itself():
+    images, others = random_images(3, 12, 12), random_images(3, 12, 12, seed=1)
+    apart = torch.cat([ssim(images[i : i + 1], others[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(ssim(images, others), apart)
+
+
+# --- LPIPS --------------------------------------------------------------------------------------------------------------
+
+
+def test_lpips_without_its_package_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert load_lpips() == (None, "needs the package lpips")
+
+
+def stand_in(failure: Exception | None = None) -> types.ModuleType:
+    """A package whose network gives the mean difference of images in [-1, 1], or which cannot load its weights."""
+
+    class Network(torch.nn.Module):
+        def __init__(self, net: str, verbose: bool):
+            super().__init__()
+            if failure:
+                raise failure
+
+        def forward(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+            assert images.abs().max() <= 1
+            return (images - others).abs().mean((1, 2, 3), keepdim=True)
+
+    package = types.ModuleType("lpips")
+    package.LPIPS = Network
+    return package
+
+
+def test_lpips_gets_images_from_minus_one_to_one(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", stand_in())
+    network, lacking = load_lpips()
+    assert isinstance(network, LPIPS)
+    assert lacking == ""
+    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 4, 4, 3).contiguous()
+    torch.testing.assert_close(network(images, images.flip(0)), torch.tensor([0.4, 0, 0.4], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("failure", [OSError("no route to host"), RuntimeError("invalid hash value")])
+def test_lpips_without_weights_says_so(monkeypatch, failure):
+    monkeypatch.setitem(sys.modules, "lpips", stand_in(failure))
+    assert load_lpips() == (None, "needs weights of AlexNet")
+
+
+# --- input --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("images", "others", "message"),
+    [
+        (random_images(2, 12, 12), random_images(2, 12, 13), r"\(2, 12, 12, 3\) and torch.uint8 \(2, 12, 13, 3\)"),
+        (random_images(2, 12, 12).float(), random_images(2, 12, 12).float(), "images are torch.float32"),
+        (random_images(12, 12), random_images(12, 12), r"give twice the same shape \(N, H, W, 3\) in uint8"),
+        (random_images(1, 2, 12, 12).transpose(1, 4), random_images(1, 2, 12, 12).transpose(1, 4), "give twice the same"),
+    ],
+)
+@pytest.mark.parametrize("measure", [psnr, ssim])
+def test_other_images_get_one_line(measure, images, others, message):
+    with pytest.raises(ValueError, match=message):
+        measure(images, others)
+
+
+def test_images_smaller_than_the_window_have_no_ssim():
+    with pytest.raises(ValueError, match="images of 10x30 pixels: SSIM needs at least 11x11"):
+        ssim(random_images(2, 30, 10), random_images(2, 30, 10))

@@ -1,0 +1,122 @@
+"""What a tokenizer loses of images: it encodes and decodes them, and the results are measured beside the originals.
+
+Legend: N images, K scales, V codes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dist import Ranks
+from models.tokenizer import VQVAE
+from utils.measure import ALONE, Measurement, device_of, progress, share
+from utils.plots import to_uint8
+from utils.samples import ImageSet, Statistics
+from utils.similarity import LPIPS, WINDOW, psnr, ssim
+from utils.tally import USED_SHARE
+
+BATCH = {"cpu": 8, "cuda": 32}  # large tokenizers need gigabytes for a few images
+SHOWN = 8  # images that are kept to be looked at
+
+
+@dataclass(frozen=True)
+class CodeUsage:
+    """Which codes stand in the indices of one scale, or of all.
+
+    used: codes in use, as training counts them, and share: that over all codes. perplexity: as many codes, each as frequent as
+    the others, would have the same entropy; 1 to V.
+    """
+
+    used: int
+    share: float
+    perplexity: float
+
+    @classmethod
+    def of(cls, counts: Tensor) -> "CodeUsage":
+        """counts (V,), of every code."""
+        shares = counts.double() / counts.sum()
+        used = int((shares > USED_SHARE / len(counts)).sum())
+        return cls(used, used / len(counts), torch.special.entr(shares).sum().exp().item())
+
+
+@dataclass(frozen=True)
+class Quality:
+    """originals, reconstructions: statistics of their features; psnr in dB, ssim and lpips: means over all images.
+
+    None for ssim of images smaller than its window, and for lpips where no network was given. scales: (K,) usage of codes.
+    pairs: the first images of this rank, originals and reconstructions, each (SHOWN or fewer, H, W, 3) uint8.
+    """
+
+    originals: Statistics
+    reconstructions: Statistics
+    psnr: float
+    ssim: float | None
+    lpips: float | None
+    scales: list[CodeUsage]
+    all_scales: CodeUsage
+    pairs: tuple[np.ndarray, np.ndarray]
+
+
+@torch.inference_mode()
+def reconstruct(tokenizer: VQVAE, images: np.ndarray) -> tuple[np.ndarray, list[Tensor]]:
+    """(N, H, W, 3) uint8 -> the same from its tokens, rounded to nearest, and those: K tensors (N, h_k * w_k).
+
+    ValueError for NaN or infinity, which rounding would hide.
+    """
+    pixels = torch.from_numpy(images).to(device_of(tokenizer)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    indices = tokenizer.encode(pixels)
+    decoded = tokenizer.decode(indices)
+    if not decoded.isfinite().all():
+        raise ValueError("reconstructions are not finite: the weights of the tokenizer are damaged, give others")
+    return to_uint8((decoded + 1) / 2), indices
+
+
+def measure_reconstruction(
+    tokenizer: VQVAE,
+    images: ImageSet,
+    extractor: nn.Module,
+    lpips: LPIPS | None = None,
+    *,
+    rows: Sequence[int] | None = None,
+    batch: int = 0,
+    ranks: Ranks = ALONE,
+) -> Quality:
+    """Of images of the tokenizer's size, all or those of these rows, shared out over ranks; on every rank.
+
+    batch: images at a time, 0: as suits the device. ValueError for images that cannot be read or are fewer than two.
+    """
+    device = device_of(tokenizer)
+    batch = batch or BATCH[device.type]
+    rows = range(images.count) if rows is None else rows
+    part = share(len(rows), batch, ranks)
+    before, after = (
+        Measurement(extractor, name, keep_features=False, first=part.start)
+        for name in (images.source, f"reconstructions of {images.source}")
+    )
+    codes = torch.zeros(len(tokenizer.pyramid.scales), tokenizer.config.num_codes, dtype=torch.float64, device=device)
+    compare = {"psnr": psnr} | ({"ssim": ssim} if min(images.height, images.width) >= WINDOW else {})
+    compare |= {"lpips": lpips} if lpips else {}
+    sums = torch.zeros(len(compare), dtype=torch.float64, device=device)
+    shown: list[tuple[np.ndarray, np.ndarray]] = []
+    with progress(images.source, len(rows), ranks) as advance, ranks.failing_together():
+        for originals in images.batches(batch, rows[part]):
+            decoded, indices = reconstruct(tokenizer, originals)
+            before.add(originals)
+            after.add(decoded)
+            for counts, tokens in zip(codes, indices, strict=True):
+                counts += tokens.flatten().bincount(minlength=len(counts))
+            pair = [torch.from_numpy(images_of_batch).to(device) for images_of_batch in (originals, decoded)]
+            sums += torch.stack([similarity(*pair).sum() for similarity in compare.values()])
+            if len(shown) * batch < SHOWN:
+                shown.append((originals, decoded))
+            advance(len(originals))
+    real, made = (measurement.result(ranks).statistics for measurement in (before, after))
+    means = dict(zip(compare, (ranks.sum(sums) / real.count).tolist(), strict=True))
+    codes = ranks.sum(codes).cpu()
+    none = np.empty((0, images.height, images.width, 3), np.uint8)  # of a rank that has no images
+    pairs = tuple(np.concatenate([none, *column])[:SHOWN] for column in (zip(*shown, strict=True) if shown else ((), ())))
+    usage = [CodeUsage.of(counts) for counts in (*codes, codes.sum(0))]
+    return Quality(real, made, means["psnr"], means.get("ssim"), means.get("lpips"), usage[:-1], usage[-1], pairs)
