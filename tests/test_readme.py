@@ -14,6 +14,27 @@ from utils.recipe import TrainConfig
 README = (ROOT / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, flags=re.M | re.S))
 CONFIGS = {"train.py": TrainConfig, "sample.py": SampleConfig}
+SCRIPT_CONFIGS = {
+    "cache_tokens.py": "CacheConfig",
+    "convert_official.py": "ConvertConfig",
+    "export_checkpoint.py": "ExportConfig",
+    "plot_run.py": "PlotConfig",
+    "publish.py": "PublishConfig",
+}
+EVALUATE_CONFIGS = {"stats": "StatsConfig", "reconstruction": "ReconstructionConfig"}
+
+
+def parse(words: list[str]) -> None:
+    """The flags of a command of this project, however it is started."""
+    path = next(word for word in words if word.endswith(".py"))
+    rest = words[words.index(path) + 1 :]
+    name = path.removeprefix("scripts/")
+    if name == "evaluate.py":
+        config = getattr(script("evaluate"), EVALUATE_CONFIGS.get(rest[0], "EvaluateConfig"))
+        rest = rest[rest[0] in EVALUATE_CONFIGS :]
+    else:
+        config = CONFIGS.get(name) or getattr(script(name.removesuffix(".py")), SCRIPT_CONFIGS[name])
+    cli.parse(config, "", rest)
 
 
 def commands(section: str) -> list[list[str]]:
@@ -22,20 +43,18 @@ def commands(section: str) -> list[list[str]]:
 
 
 def test_every_command_is_in_a_section_known_here():
-    known = {"Three commands", "Train on ImageNet", "Train on your own images", "Sample from released weights"}
+    known = {"Three commands", "Train on ImageNet", "Train on your own images", "Sample from released weights", "Evaluate"}
     assert {name for name in SECTIONS if "```bash" in SECTIONS[name]} == known
     makefile = (ROOT / "Makefile").read_text()
     assert [words[:1] for words in commands("Three commands")] == 3 * [["make"]]
     assert all(f"\n{words[1]}:" in makefile for words in commands("Three commands"))
 
 
-@pytest.mark.parametrize("section", ["Train on ImageNet", "Sample from released weights"])
+@pytest.mark.parametrize("section", ["Train on ImageNet", "Sample from released weights", "Evaluate"])
 def test_marked_commands_parse(section):
-    assert SECTIONS[section].lstrip().startswith("*These commands need")
+    assert re.match(r"\s*\*(These commands|The first three of these commands) need", SECTIONS[section])
     for words in commands(section):
-        name = next(word for word in words if word.endswith(".py"))
-        config = CONFIGS.get(name) or script("cache_tokens").CacheConfig
-        cli.parse(config, "", words[words.index(name) + 1 :])
+        parse(words)
 
 
 def test_every_variable_of_a_command_is_explained():
@@ -54,15 +73,15 @@ def test_no_number_of_gpus_is_assumed():
     assert not [path for path, text in texts.items() if re.search(r"nproc_per_node=\d|nnodes=\d|\b(8|eight) (GPU|A100)", text)]
 
 
-def test_the_commands_of_the_training_page_parse():
-    blocks = "".join(re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.S))
-    configs = {"cache_tokens.py": "CacheConfig", "export_checkpoint.py": "ExportConfig", "plot_run.py": "PlotConfig"}
-    lines = [shlex.split(line) for line in blocks.splitlines()]
-    assert len(lines) == 3
+@pytest.mark.parametrize(("page", "count"), [("training", 3), ("evaluation", 6)])
+def test_the_commands_of_the_pages_parse(page, count):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    blocks = "\n".join(re.findall(r"^ *```bash\n(.*?)```", text, flags=re.S | re.M))
+    lines = [shlex.split(line) for line in blocks.splitlines() if line.strip()]
+    assert len(lines) == count
     for words in lines:
-        name = next(word for word in words if word.endswith(".py")).removeprefix("scripts/")
-        config = getattr(script(name.removesuffix(".py")), configs[name])
-        cli.parse(config, "", words[words.index(f"scripts/{name}") + 1 :])
+        if words[1] != "evaluator.py":  # of another project
+            parse(words)
 
 
 def test_the_commands_for_own_images_run(tmp_path):
@@ -75,6 +94,11 @@ def test_the_commands_for_own_images_run(tmp_path):
         result = run_in_shell(*words, OMP_NUM_THREADS="2")
         assert result.returncode == 0, (words, result.stderr)
     assert (tmp_path / "samples.png").exists()
+    for words in commands("Evaluate")[3:]:
+        words = [re.sub("^out/", f"{tmp_path}/", word) for word in words[1:]]
+        words = ["40" if word in ("500", "200") else word for word in words]
+        result = run_in_shell(*words, OMP_NUM_THREADS="2")
+        assert result.returncode == 0, (words, result.stderr)
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     variables = {}
     exec(code.replace("out/", f"{tmp_path}/"), variables)
