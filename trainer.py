@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dist import Ranks, gradient_exchange, replicated, shard_, whole_outside_forward
 from models.generate import generate
-from models.ssm import choose_scan_
+from models.scan_backends import choose_scan_
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer, recompute_blocks_
 from resume import agreed_checkpoint, changes, check_same_model
@@ -103,7 +103,7 @@ class Trainer:
         self.save_every = config.save_every or steps_per_epoch
         self.large_scales = transformer.config.windowed_scales("markov")
 
-        choose_scan_(transformer, config.scan_backend)
+        self.scan_choice = choose_scan_(transformer, config.scan_backend, ranks.device)
         self.model = self._spread(transformer.to(ranks.device).train())
         self.sharded = ShardedSaver(ranks.is_main, ranks.barrier) if config.parallel == "fsdp" else None
         self.state = TrainState(
@@ -352,7 +352,7 @@ class Trainer:
                 self._write_config()
             if self.state.validation_due and self.ranks.largest(int(log.has_validation(self.state.step))):
                 self.state.validation_due = False  # it was done after the checkpoint had been written
-            for note in [*notes, self._headline()]:
+            for note in [*notes, self._headline(), str(self.scan_choice)]:
                 log.text(note)
             if self._finished():
                 log.text(
