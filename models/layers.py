@@ -67,8 +67,6 @@ def drop_paths(modulation: Modulation, rate: float) -> Modulation:
     Done to the gates, before the block, so that no block draws random numbers or differs from another by its rate: compiled,
     all blocks are one graph.
     """
-    if rate == 0:
-        return modulation
     gamma = modulation.gamma  # (B, S, 1, C)
     keep = gamma.new_empty(*gamma.shape[:2], 1, 1).bernoulli_(1 - rate)
     return modulation._replace(gamma=gamma * (keep / (1 - rate)))

@@ -195,7 +195,7 @@ class ScaleTransformer(nn.Module):
         embedding = self.class_embed(labels)  # (B, C)
         source = self.shared_modulation(embedding) if self.config.shared_modulation else embedding
         blocks = tuple(Modulation.from_flat(block.modulation(source), block.num_sublayers) for block in self.blocks)
-        if self.training:
+        if self.training and self.config.drop_path > 0:
             blocks = tuple(drop_paths(gates, rate) for gates, rate in zip(blocks, self.config.drop_path_rates, strict=True))
         with torch.autocast(labels.device.type, enabled=False):
             head_scale, head_shift = self.head_modulation(embedding).unsqueeze(1).chunk(2, dim=-1)
