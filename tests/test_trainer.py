@@ -3,6 +3,7 @@
 import pytest
 import torch
 from commands import live_saved_bytes
+from torch._dynamo.testing import CompileCounter
 
 import train
 from dist import Ranks
@@ -269,6 +270,49 @@ def test_utilisation_counts_the_scales_that_are_trained(images, tokenizer, tmp_p
     result = trainer.train_step(batches_of(trainer))
     assert result.num_scales == 1
     assert trainer._metrics(result, 100.0)["mfu"] == pytest.approx(100 * trainer.mfu_of_image / 30)
+
+
+# --- compiled -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.compile makes graphs and counts them, but leaves out the minutes of making code of them."""
+    counter = CompileCounter()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode=None: compile_(function, backend=counter))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield counter
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_blocks_are_one_graph_for_all_steps(family, graphs, images, tokenizer, tmp_path):
+    """With drop-path, whose rate is another in each block: as a number in it, it made each block a graph of its own."""
+    flags = {"family": family, "depth": 4, "drop_path": 0.3, "max_steps": 3, "val_every": 9, "fp16": 2, "tblr": 0.01}
+    trainer = small_trainer(images, tokenizer, tmp_path, tfast=3, **flags)
+    batches = batches_of(trainer)
+    trainer.train_step(batches)
+    assert graphs.frame_count == 3  # teacher inputs, block, loss
+    for _ in range(2):
+        trainer.train_step(batches)
+    assert graphs.frame_count == 3
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_compiled_training_with_validation_and_samples_is_training(graphs, images, tokenizer, tmp_path):
+    """Every stage of progressive training is a graph, as is validation; samples are not compiled, scale by scale."""
+    flags = {"max_steps": 4, "log_every": 1, "val_every": 2, "val_samples": 2, "pg": 0.6, "pg0": 0}
+    losses = []
+    for tfast in (0, 3):
+        run = tmp_path / str(tfast)
+        small_trainer(images, tokenizer, run, tfast=tfast, **flags).fit()
+        losses.append([entry.get("loss", entry.get("val_loss")) for entry in read_metrics(run)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert {entry["scales"] for entry in read_metrics(run) if "scales" in entry} == {1, 3, 4}
+    assert graphs.frame_count == 3 * (3 + 1)  # teacher inputs, block and loss of the stages and of validation
 
 
 # --- averaged weights, recomputation, figures ---------------------------------------------------------------------------
