@@ -224,10 +224,14 @@ class Mamba2(nn.Module):
         # One parameter as two products: its height (7868 at depth 30) is no multiple of 8, that of the large part is.
         weight = self.in_proj.weight
         zxBC, dt = F.linear(x, weight[: -self.ssm.heads]), F.linear(x, weight[-self.ssm.heads :])
+        y, state = self.between_projections(zxBC, dt, state)
+        return self.out_proj(y), state
+
+    def between_projections(self, zxBC: Tensor, dt: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
+        """(B, L, inner + conv_dim), (B, L, H) -> (B, L, inner), state. For the backward pass it keeps no more than these."""
         if state is None and self.ssm.whole is not None:  # keeps as little by itself
             y, conv, ssm = self.ssm(zxBC, dt, None, None)
-        else:
-            # Only inputs and output are kept for the backward pass; the rest, over half of the block, is recomputed.
+        else:  # the rest, over half of the block, is recomputed
             options = {"use_reentrant": False, "preserve_rng_state": False}
             y, conv, ssm = checkpoint(self.ssm, zxBC, dt, *(state or (None, None)), **options)
-        return self.out_proj(y), MambaState(conv, ssm)
+        return y, MambaState(conv, ssm)
