@@ -7,6 +7,11 @@ from commands import make_images, make_tokenizer
 torch.set_num_threads(1)  # small models are many times slower with threads that wait for one another
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A data set of three classes; not to be changed."""

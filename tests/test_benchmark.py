@@ -33,7 +33,7 @@ def test_tensors_without_values_keep_what_real_ones_keep(family, recompute):
     assert kept(config, recompute) == kept(config, recompute, real=True) > 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_imitated_gpu_keeps_what_a_real_one_keeps(family):
     config = family_config(family, 2, STANDARD_SIDES[256], 1000)
@@ -148,7 +148,7 @@ def test_training_takes_steps_of_the_trainer_and_tells_their_parts(measure, tmp_
         assert all(row[f"{part}_seconds"] > 0 for part in ("teacher_inputs", "forward", "backward", "optimizer"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_a_training_step_does_not_wait_for_the_gpu(measure, tmp_path, precision):
     out = tmp_path / "training.json"

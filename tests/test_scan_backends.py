@@ -17,7 +17,6 @@ from models.scan_backends import ScanChoice, choose_scan_
 from models.ssm import StateSpace, chunked_scan, conv_silu
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 # --- stand-ins ----------------------------------------------------------------------------------------------------------
@@ -229,32 +228,46 @@ def test_torch_can_be_told_anywhere_and_told_again(install):
 # --- real kernels -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lengths", ["9", "1,4,70"])
-def test_kernels_of_fla_in_the_interpreter_of_triton(lengths):
+@pytest.mark.parametrize(("lengths", "precision"), [("9", "float32"), ("1,4,70", "float32"), ("9,3", "float16")])
+def test_kernels_of_fla_in_the_interpreter_of_triton(lengths, precision):
     """Without a GPU, on few numbers: Triton's language computed by NumPy, in a process of its own."""
     pytest.importorskip("triton")
     pytest.importorskip("fla.ops.simple_gla")
-    result = run_in_shell("tests/interpreted_kernels.py", lengths, TRITON_INTERPRET="1")
+    result = run_in_shell("tests/interpreted_kernels.py", lengths, precision, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def few_configurations(monkeypatch):
+    """Kernels are tuned over two or three of their dozens of configurations, each of which takes a second to compile."""
+    from triton.runtime.autotuner import Autotuner
+
+    usual = Autotuner.prune_configs
+
+    def prune(tuner, arguments):
+        configurations = usual(tuner, arguments)
+        return configurations[:: max(len(configurations) // 2, 1)]
+
+    monkeypatch.setattr(Autotuner, "prune_configs", prune)
 
 
 SCALES = {680: Pyramid(STANDARD_SIDES[256]).lengths, 2240: Pyramid(STANDARD_SIDES[512]).lengths}
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("way", ["whole", "scale by scale"])
 @pytest.mark.parametrize("tokens", SCALES)
 @pytest.mark.parametrize("backend", ["mamba_ssm", "fla"])
-def test_kernels_on_a_gpu_equal_the_reference(backend, tokens, way, dtype, tolerance):
+def test_kernels_on_a_gpu_equal_the_reference(backend, tokens, way, dtype, tolerance, few_configurations):
     pytest.importorskip(backend)
     lengths = [tokens] if way == "whole" else list(SCALES[tokens])
-    own, errors = (scan_errors(name, lengths, "cuda", dtype, inner=1536) for name in ("torch", backend))
+    own, errors = (scan_errors(name, lengths, "cuda", dtype, inner=1024) for name in ("torch", backend))
     # a gradient that sums up what cancels out is no better in PyTorch
     assert all(error < max(tolerance, 2 * own[name]) for name, error in errors.items()), (errors, own)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_the_reference_on_a_gpu_is_that_of_a_cpu():
     on_gpu = scan_errors("torch", [680], "cuda")
     assert max(on_gpu.values()) < 1e-6

@@ -32,8 +32,8 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
 def scan(config: "BenchmarkConfig") -> list[dict]:
     """Mamba-2 between its projections
 
-    Convolution, scan and gated norm of one block, at the widths of published depths, over the tokens of a pyramid (680 at 256 px,
-    2240 at 512 px), by every backend that this machine can use (`--scan_backend` of train.py and sample.py).
+    Convolution, scan and gated norm of one block, at the widths of published depths, over the tokens of a pyramid (680 at
+    256 px, 2240 at 512 px), by every backend that this machine can use (`--scan_backend` of train.py and sample.py).
 
     - *Forward*: all tokens at once, without gradients.
     - *Forward and backward*: as in training, with what the backward pass computes again; *memory* is the most it takes of a GPU
