@@ -1,7 +1,7 @@
 """The kernels of flash-linear-attention against the reference, in Triton's interpreter.
 
-tests/test_scan_backends.py runs it with TRITON_INTERPRET=1. Its arguments are the lengths of consecutive pieces, such as 1,4,9, and
-float32 or float16 (the interpreter's bfloat16 does not compute).
+tests/test_scan_backends.py runs it with TRITON_INTERPRET=1. Its arguments are the lengths of consecutive pieces, such as
+1,4,9, and float32 or float16 (the interpreter's bfloat16 does not compute).
 """
 
 import builtins

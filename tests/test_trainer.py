@@ -369,3 +369,4 @@ def test_every_figure_of_a_step_and_of_a_validation_is_logged(images, tokenizer,
     by_class = (tmp_path / "val_classes.jsonl").read_text()
     assert by_class.count("\n") == 1
     assert '"step": 3' in by_class
+    assert (tmp_path / "log.txt").read_text().count("Mamba's scan is computed by torch: the model is not on a CUDA GPU") == 1
