@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dist import Ranks, process_group
 from models.generate import GROUP_SIZE, Generation, draw_labels, generate_group, num_groups
-from models.ssm import SCANS, choose_scan_
+from models.scan_backends import SCAN_BACKENDS, choose_scan_
 from models.tokenizer import VQVAE
 from models.transformer import FAMILIES, ScaleTransformer
 from utils import cli, plots
@@ -71,7 +71,9 @@ class SampleConfig:
     batch: int = flag(
         64, "images that a rank takes at a time, in whole groups of 16 (on GPUs 64) that are always computed alike"
     )
-    scan_backend: str = flag("torch", "how Mamba-2 is computed; mamba_ssm needs a GPU", choices=tuple(SCANS))
+    scan_backend: str = flag(
+        "auto", "kernels of Mamba-2; auto: on a GPU those that are installed, else plain torch", choices=SCAN_BACKENDS
+    )
     ema: bool = flag(True, "use the averaged weights of our checkpoints")
     overwrite: bool = flag(False, "replace what is at --out")
 
@@ -200,7 +202,6 @@ def check_out(out: Path, config: SampleConfig) -> None:
 def load_models(config: SampleConfig, device: torch.device) -> tuple[ScaleTransformer, VQVAE, list[str]]:
     """Transformer and tokenizer, and the names of the classes, empty where the checkpoint does not know them."""
     transformer = load_transformer(config.ckpt, config.family or None, config.ema)
-    choose_scan_(transformer, config.scan_backend)
     description = load_description(config.ckpt)
     source = config.vae or (description.tokenizer if description else None)
     if not source:
@@ -284,6 +285,10 @@ def main() -> None:
         if ranks.world > 1 and not config.is_dump:
             raise ValueError(f"--format={config.format}: a picture is made by one process: run it without torchrun")
         transformer, tokenizer, class_names = load_models(config, ranks.device)
+        scan_choice = choose_scan_(transformer, config.scan_backend, ranks.device)
+        config = replace(config, scan_backend=scan_choice.backend)  # the one used, which images depend on
+        if ranks.is_main:
+            print(scan_choice, file=sys.stderr)
         num_classes = transformer.config.num_classes
         names = [*(class_names or [str(label) for label in range(num_classes)]), "none"]
         if config.classes and config.classes != "random":

@@ -27,7 +27,7 @@ from torch import Tensor
 from dist import Ranks, gradient_exchange, replicated, shard_, whole_outside_forward
 from fidelity import Fidelity
 from models.generate import generate
-from models.ssm import choose_scan_
+from models.scan_backends import choose_scan_
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer, recompute_blocks_
 from resume import agreed_checkpoint, changes, check_same_model
@@ -66,6 +66,15 @@ class Data(Protocol):
     def val_batches(self, batch: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
+class Unsettled(NamedTuple):
+    """A step that was taken and not looked at yet, see Trainer.settle."""
+
+    tally: Tally
+    loss_scale: Tensor  # () that its gradients were computed with
+    is_bad: Tensor  # () bool on the CPU, copied there while the device goes on
+    copied: torch.cuda.Event | None  # when it has arrived; None where there is nothing to wait for
+
+
 class StepResult(NamedTuple):
     """What one step leaves for the log; nothing in it is synchronised between ranks yet."""
 
@@ -74,6 +83,12 @@ class StepResult(NamedTuple):
     learning_rate: float
     weight_decay: float
     num_scales: int
+
+
+def losses_and_predictions(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and likeliest code of every token: logits (B, L, V) float32, targets (B, L) -> (B, L) each."""
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=label_smoothing)
+    return losses.view_as(targets), logits.detach().argmax(dim=-1)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -105,7 +120,10 @@ class Trainer:
         self.save_every = config.save_every or steps_per_epoch
         self.large_scales = transformer.config.windowed_scales("markov")
 
-        choose_scan_(transformer, config.scan_backend)
+        self.scan_choice = choose_scan_(transformer, config.scan_backend, ranks.device)
+        self.losses_and_predictions, self.teacher_inputs = losses_and_predictions, self.tokenizer.teacher_inputs
+        if config.tfast:
+            self._compile_(transformer)
         self.model = self._spread(transformer.to(ranks.device).train())
         self.sharded = ShardedSaver(ranks.is_main, ranks.barrier) if config.parallel == "fsdp" else None
         self.state = TrainState(
@@ -122,6 +140,7 @@ class Trainer:
             self.state.ema = {name: weight.clone() for name, weight in named(transformer).items()}
         self.tokenizer_hash = fingerprint(self.tokenizer)
         self.saved_step = 0  # the newest checkpoint's
+        self.unsettled: Unsettled | None = None
         peak = config.peak_tflops * 1e12 or peak_flops(torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu")
         # the share of the peak that one image a second takes
         self.mfu_of_image = training_flops(transformer.config) / (peak * ranks.world) if peak else None
@@ -133,14 +152,22 @@ class Trainer:
             recompute_blocks_(transformer)
         if config.parallel == "fsdp":
             shard_(transformer, ranks, AUTOCAST_DTYPES.get(config.fp16))
-        if config.tfast:
-            for block in transformer.blocks:
-                block.compile(mode={1: "reduce-overhead", 2: "max-autotune", 3: "default"}[config.tfast])
         if config.parallel == "fsdp" or ranks.world == 1:
             return transformer
         # accumulation is not possible with a static graph
         same_every_step = config.ac == 1 and config.pg == 0 and config.scale_groups == "together"
         return replicated(transformer, static_graph=same_every_step, unused_parameters=config.scale_groups == "drawn")
+
+    def _compile_(self, transformer: ScaleTransformer) -> None:
+        """Blocks of a kind share one graph; so do all steps, but for a graph of each stage where only some scales are trained.
+
+        The loss is compiled for its memory too: it then keeps the logits for the backward pass, and nothing else of their size.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * self.pyramid.num_scales)
+        for block in transformer.blocks:
+            block.compile(mode={1: "reduce-overhead", 2: "max-autotune", 3: "default"}[self.config.tfast])
+        self.losses_and_predictions = torch.compile(losses_and_predictions)
+        self.teacher_inputs = torch.compile(self.tokenizer.teacher_inputs)
 
     # --- what a step needs ----------------------------------------------------------------------------------------------
 
@@ -150,9 +177,14 @@ class Trainer:
         by_time = self.state.seconds / (60 * self.config.max_minutes) if self.config.max_minutes else 0.0
         return min(max(by_steps, by_time), 1.0)
 
+    def _to_device(self, values: Tensor) -> Tensor:
+        """A copy that the host does not wait for: to a GPU it would, from memory that is not pinned."""
+        values = values.pin_memory() if self.ranks.device.type == "cuda" else values
+        return values.to(self.ranks.device, non_blocking=True)
+
     def _indices(self, batch: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W) or cached tokens (B, L) -> K index tensors (B, h_k * w_k)."""
-        batch = batch.to(self.ranks.device, non_blocking=True)
+        batch = self._to_device(batch)
         return self.tokenizer.encode(batch) if batch.is_floating_point() else self.pyramid.split(batch.long())
 
     def _drop_classes(self, labels: Tensor, micro_batch: int) -> Tensor:
@@ -175,9 +207,7 @@ class Trainer:
         with self._autocast():
             own_inputs = inputs[:, max(tokens.start - start, 0) : tokens.stop - start]
             logits = model(labels, own_inputs, scales.start)  # (B, L_of_scales, V)
-        targets = targets[:, tokens]
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=label_smoothing)
-        return losses.view_as(targets), logits.detach().argmax(dim=-1)
+        return self.losses_and_predictions(logits, targets[:, tokens], label_smoothing)
 
     def _autocast(self) -> torch.autocast:
         dtype = AUTOCAST_DTYPES.get(self.config.fp16)
@@ -190,7 +220,10 @@ class Trainer:
     # --- one step -------------------------------------------------------------------------------------------------------
 
     def train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> StepResult:
-        """Take `ac` micro-batches and advance the state by one step."""
+        """Take `ac` micro-batches and advance the state by one step, which is settled by the next one or by `settle`.
+
+        On a GPU nothing in it waits for the device, but for what the step before has left.
+        """
         config, state = self.config, self.state
         torch.manual_seed(step_seed(config.seed, state.step, self.ranks.rank))
         progress = self.progress()
@@ -214,9 +247,9 @@ class Trainer:
         tally = self._new_tally()
         for micro_batch in range(config.ac):
             batch, labels = next(batches)
-            labels = self._drop_classes(labels, micro_batch).to(self.ranks.device, non_blocking=True)
+            labels = self._to_device(self._drop_classes(labels, micro_batch))
             indices = self._indices(batch)[:num_scales]
-            targets, inputs = torch.cat(indices, dim=1), self.tokenizer.teacher_inputs(indices)
+            targets, inputs = torch.cat(indices, dim=1), self.teacher_inputs(indices)
             for scales in groups:
                 is_last = micro_batch == config.ac - 1 and scales == groups[-1]
                 with gradient_exchange(self.model, now=is_last):
@@ -230,34 +263,56 @@ class Trainer:
         return StepResult(tally, grad_norm, learning_rate, decay, num_scales)
 
     def _advance(self, tally: Tally) -> Tensor:
-        """Apply the gradients, or skip the step where they are not finite; returns their norm before clipping."""
-        config, state, ranks = self.config, self.state, self.ranks
+        """Settle the step before and apply the gradients of this one; returns their norm before clipping.
+
+        With loss scaling the device itself skips a step whose gradients are not finite.
+        """
+        self.settle()  # now, that there is enough on its way to keep the device busy
+        config, state = self.config, self.state
         state.scaler.unscale_(state.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(state.transformer.parameters(), config.tclip or math.inf)
         grad_norm = grad_norm.full_tensor() if config.parallel == "fsdp" else grad_norm
-        # the gradient is the same on all ranks, the loss is not
-        is_bad = ranks.largest(int(not torch.isfinite(grad_norm + tally.parts["losses"].sum())))
-        if is_bad:
+        is_bad = ~torch.isfinite(grad_norm + tally.parts["losses"].sum())
+        one = torch.ones_like(grad_norm)
+        loss_scale = state.scaler.scale(one)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        if state.scaler.is_enabled():
+            state.scaler.update(state.scaler.scale(one).clamp(max=LARGEST_LOSS_SCALE))
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        is_bad = is_bad.to("cpu", non_blocking=True)
+        copied = torch.cuda.Event() if self.ranks.device.type == "cuda" else None
+        if copied is not None:
+            copied.record()
+        self.unsettled = Unsettled(tally, loss_scale, is_bad, copied)
+        return grad_norm
+
+    def settle(self) -> None:
+        """Look at the last step, where that has not been done: average its weights, count it as skipped, or end the run.
+
+        FloatingPointError, on all ranks, where loss or gradient of any are not finite, unless loss scaling may mend it. The
+        weights are then spoilt, so whatever uses or saves them settles first.
+        """
+        if self.unsettled is None:
+            return
+        config, state, step = self.config, self.state, self.unsettled
+        self.unsettled = None
+        if step.copied is not None:
+            step.copied.synchronize()
+        if self.ranks.largest(int(step.is_bad)):  # the gradient is the same on all ranks, the loss is not
             state.skipped_in_a_row += 1
             if config.fp16 != 1 or state.skipped_in_a_row >= config.max_bad_steps:
-                raise FloatingPointError(self._explain(tally))
+                raise FloatingPointError(self._explain(step))
             state.skipped_steps += 1
         else:
             state.skipped_in_a_row = 0
-            state.scaler.step(state.optimizer)
-        state.scaler.update()
-        if state.scaler.is_enabled() and state.scaler.get_scale() > LARGEST_LOSS_SCALE:
-            state.scaler.update(LARGEST_LOSS_SCALE)
-        state.optimizer.zero_grad(set_to_none=True)
-        state.step += 1
-        if not is_bad:
             state.update_average(config.ema)
-        return grad_norm
 
-    def _explain(self, tally: Tally) -> str:
+    def _explain(self, step: Unsettled) -> str:
         """Where a step that is not finite went wrong: asked of all ranks, told by each."""
         state = self.state
-        by_scale = tally.metrics()["loss_by_scale"]
+        by_scale = step.tally.metrics()["loss_by_scale"]
         names = list(by_scale)
         by_rank = self.ranks.gather(torch.tensor(list(by_scale.values())))  # (world, scales)
         where = torch.nonzero(~torch.isfinite(by_rank)).tolist()
@@ -267,10 +322,10 @@ class Trainer:
         else:
             rank, k = divmod(int(by_rank.argmax()), len(names))
             what = f"the gradient is not finite (largest loss {by_rank[rank, k]:.4g} at scale {names[k]} on rank {rank})"
-        scaling = f" at loss scale {state.scaler.get_scale():g}" if self.config.fp16 == 1 else ""
+        scaling = f" at loss scale {step.loss_scale.item():g}" if self.config.fp16 == 1 else ""
         in_a_row = f", {state.skipped_in_a_row} such steps in a row" if state.skipped_in_a_row > 1 else ""
         return (
-            f"step {state.step + 1}: {what}{scaling}{in_a_row}; the last checkpoint is untouched: "
+            f"step {state.step}: {what}{scaling}{in_a_row}; the last checkpoint is untouched: "
             f"lower --tblr{' or use --fp16=0' if self.config.fp16 else ''}"
         )
 
@@ -279,6 +334,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, stop: StopRequest | None = None) -> Tally | None:
         """Losses and predictions on the held-out images, summed over all ranks; None where a stop was requested meanwhile."""
+        self.settle()
         # Differs from M-VAR: the forward pass is that of training, and class dropout is off.
         transformer, tally, nowhere = self.state.transformer.eval(), self._new_tally(), self._new_tally()
         filler = torch.zeros(1, self.pyramid.num_tokens, dtype=torch.long), torch.zeros(1, dtype=torch.long)
@@ -323,22 +379,28 @@ class Trainer:
         state.validation_due = False
         return figures
 
-    def _sample_distance(self, stop: StopRequest) -> float | None:
-        """FD-EffLite0 of samples by the averaged weights; None where a stop was requested meanwhile."""
+    @contextlib.contextmanager
+    def _sampling(self) -> Iterator[ScaleTransformer]:
+        """The transformer as samples are drawn from it: its averaged weights, in the precision of training."""
         transformer = self.state.transformer.eval()
-        with self.state.averaged_weights(), whole_outside_forward(transformer), self._autocast():
-            distance = self.fidelity.of_samples(transformer, self.tokenizer, stop)
+        # a graph of every scale would take longer to compile than it saves
+        uncompiled = torch.compiler.set_stance("force_eager") if self.config.tfast else contextlib.nullcontext()
+        with uncompiled, self.state.averaged_weights(), whole_outside_forward(transformer), self._autocast():
+            yield transformer
         transformer.train()
-        return distance
+
+    def _sample_distance(self, stop: StopRequest) -> float | None:
+        """FD-EffLite0 of samples; None where a stop was requested meanwhile."""
+        with self._sampling() as transformer:
+            return self.fidelity.of_samples(transformer, self.tokenizer, stop)
 
     def _draw_samples(self) -> Image.Image:
-        """A sample of each of the first classes by the averaged weights, from the same random numbers at every validation."""
-        transformer, names = self.state.transformer.eval(), self.data.class_names[: self.config.val_samples]
+        """A sample of each of the first classes, from the same random numbers at every validation."""
+        names = self.data.class_names[: self.config.val_samples]
         generator = torch.Generator(self.ranks.device).manual_seed(0)
-        with self.state.averaged_weights(), whole_outside_forward(transformer), self._autocast():
+        with self._sampling() as transformer:
             labels = torch.arange(len(names), device=self.ranks.device)
             images = generate(transformer, self.tokenizer, labels, generator=generator).images
-        transformer.train()
         return plots.grid(list(plots.to_uint8(images)[:, None]), names)
 
     def _draw_reconstructions(self) -> Image.Image:
@@ -367,7 +429,7 @@ class Trainer:
                 self._write_config()
             if self.state.validation_due and self.ranks.largest(int(log.has_validation(self.state.step))):
                 self.state.validation_due = False  # it was done after the checkpoint had been written
-            for note in [*notes, self._headline()]:
+            for note in [*notes, self._headline(), str(self.scan_choice)]:
                 log.text(note)
             if self.fidelity is not None:
                 log.text(
@@ -445,6 +507,7 @@ class Trainer:
 
     def _metrics(self, result: StepResult, speed: float) -> dict[str, float | dict[str, float]]:
         """Figures of the last step for the log, over all ranks; speed in images per second."""
+        self.settle()
         state, tally = self.state, result.tally
         tally.sums.copy_(self.ranks.sum(tally.sums))
         metrics = {
@@ -468,6 +531,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint: the main rank while the others wait; of a sharded model, all ranks in the background."""
+        self.settle()
         state, config = self.state, self.config
         description = Description("transformer", self.data.class_names, config.vae, asdict(config))
         numbers = state.numbers() | self._circumstances()

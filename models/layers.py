@@ -61,15 +61,12 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class DropPath(nn.Module):
-    """Drop a sub-layer for whole samples with probability `rate` while training; the rest is scaled by 1 / (1 - rate)."""
+def drop_paths(modulation: Modulation, rate: float) -> Modulation:
+    """Drop-path: the gate of each sub-layer is 0 for whole images with probability `rate`, else scaled by 1 / (1 - rate).
 
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * keep / (1 - self.rate)
+    Done to the gates, before the block, so that no block draws random numbers or differs from another by its rate: compiled,
+    all blocks are one graph.
+    """
+    gamma = modulation.gamma  # (B, S, 1, C)
+    keep = gamma.new_empty(*gamma.shape[:2], 1, 1).bernoulli_(1 - rate)
+    return modulation._replace(gamma=gamma * (keep / (1 - rate)))

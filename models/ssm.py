@@ -10,9 +10,11 @@ handed from chunk to chunk (arXiv 2405.21060, section 6). Convolution and state 
 state goes in and comes out, so generation scale by scale is the same computation cut into pieces.
 
 Parameters are named and shaped as in mamba_ssm's Mamba2 with ngroups = 1; those between the projections stand under `ssm`.
+What is here is plain PyTorch, the default and the reference; models/scan_backends.py replaces parts of it by GPU kernels.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -84,40 +86,6 @@ def chunked_scan(
     return y.to(x.dtype), state
 
 
-def mamba_ssm_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, chunk: int = MAX_CHUNK
-) -> tuple[Tensor, Tensor]:
-    """`chunked_scan` by the Triton kernels of mamba_ssm, for CUDA tensors.
-
-    Padded to whole chunks: the kernels gave NaN gradients in half precision at other lengths (680 tokens are 10.6 chunks).
-    """
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-    length = x.shape[1]
-    padding = -length % chunk
-    x, dt = F.pad(x, (0, 0, 0, 0, 0, padding)), F.pad(dt, (0, 0, 0, padding))
-    B, C = (F.pad(part, (0, 0, 0, padding)).unsqueeze(2) for part in (B, C))  # (batch, L, 1 group, N)
-    y, state = mamba_chunk_scan_combined(x, dt, A, B, C, chunk, initial_states=state, return_final_states=True)
-    return y[:, :length], state.float()
-
-
-SCANS = {"torch": chunked_scan, "mamba_ssm": mamba_ssm_scan}
-
-
-def choose_scan_(model: nn.Module, backend: str) -> None:
-    """Set how all Mamba-2 mixers of a model compute their scan. ValueError where the backend's package or a GPU is missing."""
-    if backend == "mamba_ssm":
-        try:
-            import mamba_ssm  # noqa: F401
-        except ImportError as error:
-            raise ValueError(f"scan backend mamba_ssm: {error}: pip install -r requirements-cuda.txt, or take torch") from error
-        if not torch.cuda.is_available():
-            raise ValueError("scan backend mamba_ssm: its kernels need a CUDA GPU, there is none: take torch")
-    for module in model.modules():
-        if isinstance(module, StateSpace):
-            module.scan = SCANS[backend]
-
-
 class _CausalConv(torch.autograd.Function):
     """y_t = bias + sum_i weight_i * x_{t+i} over the taps i: x (B, L + taps - 1, D), weight (D, taps), bias (D,) -> (B, L, D).
 
@@ -147,15 +115,25 @@ class _CausalConv(torch.autograd.Function):
         return grad_x, torch.stack(grad_weight, dim=1), wide.sum((0, 1))
 
 
-def causal_conv(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def causal_conv(x: Tensor, tail: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution along the tokens: x (B, L, D), the d_conv - 1 inputs before it as tail (B, d_conv - 1, D).
 
-    weight (D, 1, d_conv), bias (D,). Returns y (B, L, D) and the new tail.
+    tail: None at the first token. weight (D, 1, d_conv), bias (D,). Returns y (B, L, D) and the new tail.
     """
-    length = x.shape[1]
-    x = torch.cat([tail.to(x.dtype), x], dim=1)
+    padded = behind_tail(x, tail, weight.shape[-1] - 1)
     # the tail is a copy: a view would keep all of x in memory for as long as the state lives
-    return _CausalConv.apply(x, weight.squeeze(1), bias), x[:, length:].clone()
+    return _CausalConv.apply(padded, weight.squeeze(1), bias), padded[:, x.shape[1] :].clone()
+
+
+def behind_tail(x: Tensor, tail: Tensor | None, count: int) -> Tensor:
+    """x (B, L, D) with the `count` inputs before it in front, zeros where there were none: (B, count + L, D) in x's dtype."""
+    return F.pad(x, (0, 0, count, 0)) if tail is None else torch.cat([tail.to(x.dtype), x], dim=1)
+
+
+def conv_silu(x: Tensor, tail: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """SiLU of `causal_conv`, and the new tail."""
+    y, tail = causal_conv(x, tail, weight, bias)
+    return F.silu(y), tail
 
 
 class GatedRMSNorm(nn.Module):
@@ -187,7 +165,10 @@ class StateSpace(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(self.heads))
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = GatedRMSNorm(inner)
-        self.scan = chunked_scan  # see choose_scan_
+        # how it is computed, see models/scan_backends.py; whole: all of it at once where nothing came before
+        self.scan: Callable[..., tuple[Tensor, Tensor]] = chunked_scan
+        self.conv: Callable[..., tuple[Tensor, Tensor]] = conv_silu
+        self.whole: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Mamba-2's own initialisation of the step sizes, the decays, D and the norm; the convolution is the caller's."""
@@ -207,13 +188,15 @@ class StateSpace(nn.Module):
             torch.zeros(batch, self.heads, self.head_dim, self.state_dim, dtype=wide, **options),
         )
 
-    def forward(self, zxBC: Tensor, dt: Tensor, conv: Tensor, ssm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, inner + conv_dim), (B, L, H), state -> (B, L, inner), state."""
+    def forward(self, zxBC: Tensor, dt: Tensor, conv: Tensor | None, ssm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, inner + conv_dim), (B, L, H), state, None at the first token -> (B, L, inner), state."""
         with torch.autocast(zxBC.device.type, enabled=False):
+            if self.whole is not None and ssm is None:
+                return self.whole(self, zxBC, dt)
             wide = torch.promote_types(zxBC.dtype, torch.float32)
             z, xBC = zxBC.split([self.inner, self.conv_dim], dim=-1)
-            xBC, conv = causal_conv(xBC, conv, self.conv1d.weight, self.conv1d.bias)
-            x, B, C = F.silu(xBC).split([self.inner, self.state_dim, self.state_dim], dim=-1)
+            xBC, conv = self.conv(xBC, conv, self.conv1d.weight, self.conv1d.bias)
+            x, B, C = xBC.split([self.inner, self.state_dim, self.state_dim], dim=-1)
             x = x.unflatten(-1, (self.heads, self.head_dim))  # (B, L, H, P)
             dt = F.softplus(dt.to(wide) + self.dt_bias)  # (B, L, H)
             y, ssm = self.scan(x, dt, -self.A_log.exp(), B, C, ssm)
@@ -238,10 +221,17 @@ class Mamba2(nn.Module):
 
     def forward(self, x: Tensor, scales: range, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
         """x (B, L_of_scales, C); state: after the tokens before x, None at the first. `scales` does not matter here."""
-        state = MambaState(self.init_state(x.shape[0]).conv, None) if state is None else state
         # One parameter as two products: its height (7868 at depth 30) is no multiple of 8, that of the large part is.
         weight = self.in_proj.weight
         zxBC, dt = F.linear(x, weight[: -self.ssm.heads]), F.linear(x, weight[-self.ssm.heads :])
-        # Only inputs and output are kept for the backward pass; the rest, over half of the block, is recomputed.
-        y, conv, ssm = checkpoint(self.ssm, zxBC, dt, *state, use_reentrant=False, preserve_rng_state=False)
-        return self.out_proj(y), MambaState(conv, ssm)
+        y, state = self.between_projections(zxBC, dt, state)
+        return self.out_proj(y), state
+
+    def between_projections(self, zxBC: Tensor, dt: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
+        """(B, L, inner + conv_dim), (B, L, H) -> (B, L, inner), state. For the backward pass it keeps no more than these."""
+        if state is None and self.ssm.whole is not None:  # keeps as little by itself
+            y, conv, ssm = self.ssm(zxBC, dt, None, None)
+        else:  # the rest, over half of the block, is recomputed
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            y, conv, ssm = checkpoint(self.ssm, zxBC, dt, *(state or (None, None)), **options)
+        return y, MambaState(conv, ssm)

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import Attention, AttentionState
 from models.hub import HubModel
-from models.layers import DropPath, FeedForward, Modulation, ModulationOffset, modulate, modulation_projection
+from models.layers import FeedForward, Modulation, ModulationOffset, drop_paths, modulate, modulation_projection
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.ssm import Mamba2, MambaState
 from models.storage import Description
@@ -94,6 +94,11 @@ class TransformerConfig:
     def depth(self) -> int:
         return len(self.blocks)
 
+    @property
+    def drop_path_rates(self) -> list[float]:
+        """Of every block."""
+        return [self.drop_path * index / max(self.depth - 1, 1) for index in range(self.depth)]
+
     def windowed_scales(self, kind: str) -> tuple[int, ...]:
         """Scales on which blocks of this kind limit attention to the window."""
         scales, smallest = self.pyramid.scales, self.window_from
@@ -137,7 +142,6 @@ class Block(nn.Module):
         mamba = [Mamba2(config.width)] if kind in ("mvar", "markov-mamba") else []
         self.mixers = nn.ModuleList([attention, *mamba])
         self.ffn = FeedForward(config.width, config.ffn_ratio)
-        self.drop_path = DropPath(config.drop_path * index / max(config.depth - 1, 1))
         self.num_sublayers = num_sublayers(kind)
         modulation = ModulationOffset if config.shared_modulation else modulation_projection
         self.modulation = modulation(config.width, 3 * self.num_sublayers)  # called by ScaleTransformer.condition
@@ -150,10 +154,10 @@ class Block(nn.Module):
         next_states = []
         for i, mixer in enumerate(self.mixers):
             y, state = mixer(modulate(x, scaling[i], shifts[i]), scales, states[i])
-            x = x + self.drop_path(y * gammas[i])
+            x = x + y * gammas[i]
             next_states.append(state)
         y = self.ffn(modulate(x, scaling[-1], shifts[-1]))
-        return x + self.drop_path(y * gammas[-1]), tuple(next_states)
+        return x + y * gammas[-1], tuple(next_states)
 
 
 class ScaleTransformer(nn.Module, HubModel):
@@ -192,10 +196,12 @@ class ScaleTransformer(nn.Module, HubModel):
         return set(self.config.blocks) == {"markov"}
 
     def condition(self, labels: Tensor) -> Conditioning:
-        """labels (B,) in 0 .. num_classes -> everything that depends on them alone."""
+        """labels (B,) in 0 .. num_classes -> everything that depends on them alone; drop-path is drawn here while training."""
         embedding = self.class_embed(labels)  # (B, C)
         source = self.shared_modulation(embedding) if self.config.shared_modulation else embedding
         blocks = tuple(Modulation.from_flat(block.modulation(source), block.num_sublayers) for block in self.blocks)
+        if self.training and self.config.drop_path > 0:
+            blocks = tuple(drop_paths(gates, rate) for gates, rate in zip(blocks, self.config.drop_path_rates, strict=True))
         with torch.autocast(labels.device.type, enabled=False):
             head_scale, head_shift = self.head_modulation(embedding).unsqueeze(1).chunk(2, dim=-1)
         return Conditioning(embedding.unsqueeze(1) + self.start_embed, blocks, head_scale, head_shift)

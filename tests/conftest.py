@@ -9,6 +9,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 torch.set_num_threads(1)  # small models are many times slower with threads that wait for one another
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A data set of three classes; not to be changed."""

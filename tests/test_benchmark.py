@@ -33,7 +33,7 @@ def test_tensors_without_values_keep_what_real_ones_keep(family, recompute):
     assert kept(config, recompute) == kept(config, recompute, real=True) > 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_imitated_gpu_keeps_what_a_real_one_keeps(family):
     config = family_config(family, 2, STANDARD_SIDES[256], 1000)
@@ -124,6 +124,39 @@ def test_tokens_are_gathered_from_a_cache_of_the_real_format(measure, tmp_path):
     assert "| 1.74 GB |" in shown
 
 
+def test_scan_is_a_row_for_every_depth_pyramid_and_backend(measure, tmp_path):
+    out = tmp_path / "scan.json"
+    code, shown, _ = measure("scan", "--depth=1,2", "--pn=1_2,1_2_3", "--batch=1", "--repeats=2", f"--json={out}")
+    assert code == 0
+    assert shown.startswith("# Mamba-2 between its projections\n")
+    rows = [row for row in json.loads(out.read_text())["rows"] if row["backend"] == "torch"]
+    assert [(row["model"], row["tokens"]) for row in rows] == [("d1", 5), ("d1", 14), ("d2", 5), ("d2", 14)]
+    assert all(row[f"{way}_seconds"] > 0 for row in rows for way in ("forward", "training", "scales", "prefix"))
+    assert all((row["training_peak_bytes"] or 0) > 0 for row in rows) == torch.cuda.is_available()
+
+
+def test_training_takes_steps_of_the_trainer_and_tells_their_parts(measure, tmp_path):
+    out = tmp_path / "training.json"
+    words = ["--family=mvar,markov", "--depth=1", "--pn=1_2_3", "--batch=2", "--repeats=2", "--tfast=0"]
+    code, shown, _ = measure("training", *words, f"--json={out}")
+    assert code == 0
+    assert shown.startswith("# Training steps\n")
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["model"], row["family"], row["compiled"]) for row in rows] == [("d1", "mvar", "no"), ("d1", "markov", "no")]
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(2 / row["step_seconds"])
+        assert all(row[f"{part}_seconds"] > 0 for part in ("teacher_inputs", "forward", "backward", "optimizer"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_training_step_does_not_wait_for_the_gpu(measure, tmp_path, precision):
+    out = tmp_path / "training.json"
+    words = ["--depth=2", "--pn=1_2_3", "--batch=2", "--repeats=2", "--tfast=0", f"--precision={precision}"]
+    assert measure("training", *words, f"--json={out}")[0] == 0
+    assert [row["host_waits"] for row in json.loads(out.read_text())["rows"]] == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -132,6 +165,8 @@ def test_tokens_are_gathered_from_a_cache_of_the_real_format(measure, tmp_path):
         (["memory", "--family=mvar,foo"], "--family=mvar,foo: no foo: give some of mvar,var"),
         (["memory", "--depth=12,"], "--depth=12,: give numbers of blocks such as 12,16"),
         (["tokens", "--batch=0"], "--batch=0: give at least 1"),
+        (["training", "--tfast=4"], "--tfast=4: give some of 0,1,2,3"),
+        (["training", "--pn=256,512"], "--pn=256,512: training takes one pyramid"),
     ],
 )
 def test_wrong_arguments_get_one_line(measure, words, message):

@@ -1,7 +1,7 @@
 import torch
 from small_models import seeded
 
-from models.layers import DropPath, Modulation, ModulationOffset, modulate
+from models.layers import Modulation, ModulationOffset, drop_paths, modulate
 
 
 def test_flat_modulation_holds_all_gates_then_all_scales_then_all_shifts():
@@ -22,17 +22,16 @@ def test_modulate_normalises_each_token_before_scale_and_shift():
     torch.testing.assert_close(y.std(dim=-1, correction=0), torch.full((2, 7), 1.5))
 
 
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+def test_drop_path_closes_gates_of_whole_images_and_keeps_the_mean():
     torch.manual_seed(0)
-    y = DropPath(0.25)(torch.ones(4000, 3, 2))
-    assert (y == y[:, :1, :1]).all()
-    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
-    assert abs(y.mean().item() - 1) < 0.05
-
-
-def test_drop_path_does_nothing_in_evaluation():
-    x = torch.ones(100, 2)
-    assert torch.equal(DropPath(0.9).eval()(x), x)
+    modulation = Modulation(torch.ones(4000, 3, 1, 2), torch.ones(1), torch.ones(1))
+    gamma, scale, shift = drop_paths(modulation, 0.25)
+    assert (gamma == gamma[..., :1]).all()
+    assert set(gamma.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert (gamma.mean(dim=(0, 2, 3)) - 1).abs().max() < 0.05
+    assert 0.5 < (gamma[:, 0] == gamma[:, 1]).float().mean() < 0.75  # 10/16: each sub-layer on its own
+    assert scale is modulation.scale
+    assert shift is modulation.shift
 
 
 def test_a_shared_modulation_leaves_the_precision_alone():

@@ -93,6 +93,7 @@ def test_a_dump_is_the_same_however_it_was_made(checkpoint, tmp_path, command, m
     assert [labels.count(label) for label in range(3)] == [67, 67, 66]
     assert len(settings["transformer_sha256"]) == 64
     assert "rounded to nearest" in settings["uint8"]
+    assert settings["scan_backend"] == "torch"  # the one used, not auto
 
 
 def test_an_image_depends_on_seed_and_number_alone(checkpoint, tmp_path, command):

@@ -4,7 +4,6 @@ import torch.nn.functional as F
 from golden_weights import GRADIENTS, LOGITS, TRANSFORMERS, assert_near, facts, relative_error, tensors, transformer
 from small_models import CODE_DIM, NUM_CLASSES, SIDES, VARIANTS, random_indices, seeded, small_tokenizer, small_transformer
 
-from models.layers import DropPath
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.transformer import (
     FAMILIES,
@@ -199,9 +198,11 @@ def test_every_parameter_gets_a_gradient(variant):
 
 
 def test_drop_path_grows_linearly_with_the_block():
-    model = small_transformer(depth=3, drop_path=0.4)
-    rates = [module.rate for module in model.modules() if isinstance(module, DropPath)]
-    assert rates == pytest.approx([0, 0.2, 0.4])
+    model = small_transformer(depth=3, drop_path=0.4).train()
+    labels = torch.zeros(2000, dtype=torch.long)
+    gates = [modulation.gamma.detach() for modulation in model.condition(labels).blocks]
+    dropped = [(gamma == 0).all(dim=-1).float().mean().item() for gamma in gates]
+    assert dropped == pytest.approx([0, 0.2, 0.4], abs=0.02)
 
 
 def test_drop_path_acts_while_training_only():

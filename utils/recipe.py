@@ -6,7 +6,7 @@ The recipes are those of the released trainers of VAR (arXiv 2404.02905) and M-V
 from dataclasses import dataclass
 
 from models.pyramid import Pyramid
-from models.ssm import SCANS
+from models.scan_backends import SCAN_BACKENDS
 from models.tokenizer import VQVAE
 from models.transformer import FAMILIES, TransformerConfig, family_config
 from utils.cli import flag
@@ -81,7 +81,9 @@ class TrainConfig:
     seed: int | None = flag(None, "of data order, initial weights and dropouts; none: drawn, and kept in the run's config.json")
     parallel: str = flag("ddp", "over ranks: ddp replicates the model, fsdp shards it (fp16 0 or 2)", choices=("ddp", "fsdp"))
     recompute: bool = flag(False, "activation checkpointing: keep the inputs of each block only and compute the rest twice")
-    scan_backend: str = flag("torch", "how Mamba-2 is computed; mamba_ssm needs a GPU", choices=tuple(SCANS))
+    scan_backend: str = flag(
+        "auto", "kernels of Mamba-2; auto: on a GPU those that are installed, else plain torch", choices=SCAN_BACKENDS
+    )
     tfast: int = flag(0, "compile the blocks: 0 no, 1 reduce-overhead, 2 max-autotune, 3 default", choices=(0, 1, 2, 3))
     log_every: int = flag(20, "steps between log lines")
     val_every: int = flag(0, "steps between validations, 0: 10 epochs")

@@ -29,7 +29,8 @@ class Tally:
         parts["class_losses"].index_add_(0, labels, losses.sum(1))
         parts["class_correct"].index_add_(0, labels, correct.sum(1))
         parts["class_tokens"].index_add_(0, labels, torch.full_like(losses[:, 0], losses.shape[1]))
-        parts["predicted"] += predictions.flatten().bincount(minlength=self.num_codes)
+        predictions = predictions.flatten()
+        parts["predicted"].index_add_(0, predictions, torch.ones_like(predictions, dtype=torch.float64))  # bincount would wait
 
     def metrics(self, prefix: str = "") -> dict[str, float | dict[str, float]]:
         """Means over everything that was added; "last" is the finest scale among it."""
