@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dist import Ranks
-from models.generate import generate_group, num_groups
+from models.generate import Group, generate, num_groups
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import data, plots
@@ -67,9 +67,9 @@ class Fidelity:
             if ranks.largest(stop.number):
                 return None
             # a rank without a group of its own makes the last again: the ranks of a sharded model compute together
-            group = min(first + ranks.rank, groups - 1)
-            made = generate_group(transformer, tokenizer, self.labels, group, SEED)
+            group = Group.of(self.labels, min(first + ranks.rank, groups - 1), SEED, ranks.device)
+            made = generate(transformer, tokenizer, group.labels, generator=group.generators)
             if first + ranks.rank < groups:
-                for images in made.images.split(batch_size(self.extractor)):
+                for images in made.images[: len(group.numbers)].split(batch_size(self.extractor)):
                     measurement.add(plots.to_uint8(images))
         return frechet_distance(*measurement.result(ranks).statistics.pooled, *self.reference)

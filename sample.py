@@ -3,28 +3,47 @@
 The transformer and its tokenizer may be ours or released ones. Image n depends on the seed and n alone: not on the batch size,
 on the number of images, or on how many ranks of torchrun share the work. A dump (png, npz) that was killed is resumed by the
 same command.
+
+Images are written by a thread, and on GPUs decoded on a stream of their own, while the next ones are sampled.
 """
 
 import csv
+import functools
 import itertools
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from dist import Ranks, process_group
-from models.generate import GROUP_SIZE, Generation, draw_labels, generate_group, num_groups
+from models.captured import CapturedSampler
+from models.generate import (
+    GROUP_SIZE,
+    Generators,
+    Group,
+    SampledScales,
+    SamplingConfig,
+    check_finite,
+    check_fit,
+    decode_sampled,
+    draw_labels,
+    exponential_noise,
+    num_groups,
+    sample_scales,
+)
 from models.scan_backends import SCAN_BACKENDS, choose_scan_
 from models.tokenizer import VQVAE
 from models.transformer import FAMILIES, ScaleTransformer
 from utils import cli, plots
+from utils.background import Background
 from utils.checkpoint import load_description, load_tokenizer_for, load_transformer, weights_hash
 from utils.cli import flag, required
 from utils.dump import Dump, finished_settings
@@ -71,6 +90,7 @@ class SampleConfig:
     batch: int = flag(
         64, "images that a rank takes at a time, in whole groups of 16 (on GPUs 64) that are always computed alike"
     )
+    cuda_graph: bool = flag(False, "launch all scales of a batch as one graph: for GPUs that wait for Python")
     scan_backend: str = flag(
         "auto", "kernels of Mamba-2; auto: on a GPU those that are installed, else plain torch", choices=SCAN_BACKENDS
     )
@@ -158,20 +178,55 @@ def all_labels(config: SampleConfig, classes: list[int], num_classes: int) -> li
     return [classes[n * len(classes) // num] for n in range(num)]
 
 
-def sample_groups(
-    transformer: ScaleTransformer, tokenizer: VQVAE, labels: list[int], seed: int, setting: Setting, groups: Iterable[int]
-) -> Iterator[Generation]:
-    """The images of each group; labels: of all images, of all groups."""
-    values = {"guidance_scale": setting.cfg, "top_k": setting.top_k, "top_p": setting.top_p, "smooth": setting.smooth}
-    for group in groups:
-        yield generate_group(transformer, tokenizer, labels, group, seed, **values)
+Sampler = Callable[[Tensor, Generators], SampledScales]  # labels and generators of a group
 
 
-def scale_pictures(tokenizer: VQVAE, generation: Generation) -> np.ndarray:
+def make_sampler(config: SampleConfig, setting: Setting, transformer: ScaleTransformer, tokenizer: VQVAE) -> Sampler:
+    """What samples groups. ValueError if the models do not fit."""
+    how = SamplingConfig(setting.cfg, setting.top_k, setting.top_p, setting.smooth)
+    if config.cuda_graph:
+        return CapturedSampler(transformer, tokenizer, how, GROUP_SIZE["cuda"])
+    check_fit(transformer, tokenizer)
+    return lambda labels, generators: sample_scales(
+        transformer, tokenizer, labels, how, functools.partial(exponential_noise, generator=generators)
+    )
+
+
+def start_decoding(tokenizer: VQVAE, sampled: SampledScales, stream: torch.cuda.Stream | None) -> Callable[[], np.ndarray]:
+    """A function that waits for the images (B, H, W, 3) uint8.
+
+    stream: beside what the GPU does next; None on a CPU, where nothing is left to wait for. ValueError then or there if what
+    was sampled is not finite.
+    """
+    if stream is None:
+        check_finite(sampled)
+        images = plots.to_uint8(decode_sampled(tokenizer, sampled))
+        return lambda: images
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        pixels = plots.to_bytes(decode_sampled(tokenizer, sampled))
+        images = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+        images.copy_(pixels, non_blocking=True)
+        is_finite = torch.empty((), dtype=torch.bool, pin_memory=True)
+        is_finite.copy_(sampled.finite, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+    for tensor in (sampled.sums[-1], sampled.finite):
+        tensor.record_stream(stream)  # freed meanwhile, their memory may not be given to the next group before
+
+    def wait() -> np.ndarray:
+        done.synchronize()
+        check_finite(sampled._replace(finite=is_finite))
+        return images.numpy()
+
+    return wait
+
+
+def scale_pictures(tokenizer: VQVAE, sampled: SampledScales) -> np.ndarray:
     """The images from the first scale, the first two, ..., (B, K, H, W, 3) uint8."""
     # from the sums, not the indices: in smooth mode those were drawn but not used
-    steps = torch.stack([tokenizer.decode_features(f_hat) for f_hat in generation.sums], dim=1)  # (B, K, 3, H, W)
-    return plots.to_uint8((steps.flatten(0, 1) + 1) / 2).reshape(*steps.shape[:2], *steps.shape[3:], 3)
+    steps = [plots.to_uint8(decode_sampled(tokenizer, sampled._replace(sums=[f_hat]))) for f_hat in sampled.sums]
+    return np.stack(steps, axis=1)
 
 
 def write_grid(out: Path, images: np.ndarray, labels: list[int], names: list[str]) -> None:
@@ -219,13 +274,18 @@ def draw_pictures(
     names: list[str],
 ) -> None:
     """A grid, or the scales of some images, in one file."""
-    groups = range(num_groups(len(labels), next(transformer.parameters()).device.type))
+    device = next(transformer.parameters()).device
+    sampler = make_sampler(config, setting, transformer, tokenizer)
     kept = []
     with tqdm(total=len(labels), unit="image") as bar:
-        for generation in sample_groups(transformer, tokenizer, labels, config.seed, setting, groups):
+        for number in range(num_groups(len(labels), device.type)):
+            group = Group.of(labels, number, config.seed, device)
+            sampled = sampler(group.labels, group.generators)
+            check_finite(sampled)
             in_scales = config.format == "scales"
-            kept.append(scale_pictures(tokenizer, generation) if in_scales else plots.to_uint8(generation.images))
-            bar.update(len(generation.images))
+            pictures = scale_pictures(tokenizer, sampled) if in_scales else plots.to_uint8(decode_sampled(tokenizer, sampled))
+            kept.append(pictures[: len(group.numbers)])
+            bar.update(len(group.numbers))
     setting.out.parent.mkdir(parents=True, exist_ok=True)
     if config.format == "grid":
         write_grid(setting.out, np.concatenate(kept), labels, names)
@@ -264,12 +324,21 @@ def write_dump(
     mine = [group for i, group in enumerate(missing) if i // at_a_time % ranks.world == ranks.rank]
     count = len(dump.labels)
     there = count - sum(len(dump.numbers(group)) for group in missing)
-    generations = sample_groups(transformer, tokenizer, dump.labels, config.seed, setting, mine)
     interval = 0.2 if sys.stderr.isatty() else 20
-    with tqdm(total=count, initial=there, unit="image", mininterval=interval, disable=not ranks.is_main) as bar:
-        for group, generation in zip(mine, generations, strict=True):
-            dump.write(group, plots.to_uint8(generation.images))
-            bar.update(min(ranks.world * len(generation.images), count - bar.n))  # the others are as far as this one
+    bar = tqdm(total=count, initial=there, unit="image", mininterval=interval, disable=not ranks.is_main)
+
+    def write(number: int, group: Group, decoded: Callable[[], np.ndarray]) -> None:
+        images = decoded()[: len(group.numbers)]
+        dump.write(number, images)
+        bar.update(min(ranks.world * len(images), count - bar.n))  # the others are as far as this one
+
+    sampler = make_sampler(config, setting, transformer, tokenizer) if mine else None
+    stream = torch.cuda.Stream() if ranks.device.type == "cuda" else None
+    with bar, Background() as writer:
+        for number in mine:
+            group = Group.of(dump.labels, number, config.seed, ranks.device)
+            decoded = start_decoding(tokenizer, sampler(group.labels, group.generators), stream)
+            writer.put(functools.partial(write, number, group, decoded))
     if ranks.is_main:
         while dump.missing():  # of other ranks
             time.sleep(0.2)
@@ -282,6 +351,8 @@ def main() -> None:
     for setting in settings:
         check_out(setting.out, config)
     with process_group() as ranks:
+        if config.cuda_graph and ranks.device.type != "cuda":
+            raise ValueError("--cuda_graph: needs a CUDA GPU, there is none: leave it out")
         if ranks.world > 1 and not config.is_dump:
             raise ValueError(f"--format={config.format}: a picture is made by one process: run it without torchrun")
         transformer, tokenizer, class_names = load_models(config, ranks.device)

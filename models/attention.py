@@ -22,7 +22,11 @@ MAX_LOG_SCALE = math.log(100)  # cap of the learned logit scale of normalised at
 
 
 class AttentionState(NamedTuple):
-    """Keys and values of all scales so far, (B, heads, L_past, head_dim); without history it stays empty."""
+    """Keys and values of all scales so far, (B, heads, L, head_dim); without history it stays empty.
+
+    L is 0 at first, then the length of the whole pyramid: later scales are written behind the earlier ones, in place. So all
+    that continues from a state shares its memory: to follow two ways from one state, clone its tensors.
+    """
 
     keys: Tensor
     values: Tensor
@@ -42,6 +46,11 @@ def window_mask(height: int, width: int, window: int) -> Tensor:
 
     rows, columns = near(height), near(width)
     return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(height * width, height * width)
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """(..., D) -> (..., 1), what F.normalize divides by."""
+    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 class Attention(nn.Module):
@@ -95,10 +104,11 @@ class Attention(nn.Module):
         """x (B, L_of_scales, C); state: of the scales before `scales`, None at the first. Returns y like x, next state."""
         q, k, v = self._project(x)  # (B, H, L_of_scales, D) each
         if self.history:
-            if state is not None:
-                k = torch.cat([state.keys.to(k.dtype), k], dim=2)  # the empty first keys may be wider than autocast's
-                v = torch.cat([state.values.to(v.dtype), v], dim=2)
-            state = AttentionState(k, v)
+            if state is None:
+                state = AttentionState(k, v)
+            else:
+                state = AttentionState(self._written(state.keys, k, scales), self._written(state.values, v, scales))
+            k, v = (part[:, :, : self.pyramid.offsets[scales.stop]] for part in state)
 
         first_query = self.pyramid.offsets[scales.start]
         first_key = 0 if self.history else first_query
@@ -108,17 +118,25 @@ class Attention(nn.Module):
             keys = slice(0 if self.history else queries.start, queries.stop)
             rows = slice(queries.start - first_query, queries.stop - first_query)
             columns = slice(keys.start - first_key, keys.stop - first_key)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    q[:, :, rows],
-                    k[:, :, columns],
-                    v[:, :, columns],
-                    attn_mask=self._mask(group, queries, keys),
-                    scale=1.0 if self.normalize else 0.25 / math.sqrt(q.shape[-1]),
-                )
+            y = F.scaled_dot_product_attention(
+                q[:, :, rows],
+                k[:, :, columns],
+                v[:, :, columns],
+                attn_mask=self._mask(group, queries, keys),
+                scale=1.0 if self.normalize else 0.25 / math.sqrt(q.shape[-1]),
             )
-        y = torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)  # (B, L_of_scales, C)
-        return self.proj(y), state
+            outputs.append(y.transpose(1, 2).flatten(2))  # (B, L_of_group, C)
+        return self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state  # (B, L_of_scales, C)
+
+    def _written(self, past: Tensor, new: Tensor, scales: range) -> Tensor:
+        """past (B, H, L, D) with new (B, H, L_of_scales, D) in place of these scales, in place where it is long enough."""
+        first, end = self.pyramid.offsets[scales.start], self.pyramid.offsets[scales.stop]
+        if past.shape[2] < end:  # in the type of the first keys, which is narrower than the parameters' under autocast
+            longer = new.new_empty(*new.shape[:2], self.pyramid.num_tokens, new.shape[3])
+            longer[:, :, :first] = past[:, :, :first]
+            past = longer
+        past[:, :, first:end] = new
+        return past
 
     def _project(self, x: Tensor) -> list[Tensor]:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
@@ -127,8 +145,9 @@ class Attention(nn.Module):
         if self.normalize:  # in float32, since the scale may reach 100
             wide = torch.promote_types(v.dtype, torch.float32)
             scale = self.log_scale.to(wide).clamp(max=MAX_LOG_SCALE).exp()
-            q = (F.normalize(q.to(wide), dim=-1) * scale).to(v.dtype)
-            k = F.normalize(k.to(wide), dim=-1).to(v.dtype)
+            q, k = q.to(wide), k.to(wide)
+            q = (q * (scale / _length(q))).to(v.dtype)
+            k = (k / _length(k)).to(v.dtype)
         return [q, k, v]
 
     def _groups(self, scales: range) -> list[range]:

@@ -24,9 +24,9 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.shortcut(x) + h
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        return h.add_(self.shortcut(x))
 
 
 class PixelAttention(nn.Module):
@@ -57,13 +57,22 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width: (B, C, h, w) -> (B, C, 2h, 2w)."""
+    """Double height and width: (B, C, h, w) -> (B, C, 2h, 2w).
+
+    Every pixel is repeated, then convolved; so two of the three taps along a side often meet the same pixel. On a CPU they are
+    added first, which leaves a transposed convolution with 4 taps and 16 products per pixel instead of 36.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            taps = self.conv.weight.transpose(0, 1).flip(2, 3)  # (C, C, 3, 3)
+            taps = F.pad(taps, (0, 1)) + F.pad(taps, (1, 0))  # (C, C, 3, 4)
+            taps = F.pad(taps, (0, 0, 0, 1)) + F.pad(taps, (0, 0, 1, 0))  # (C, C, 4, 4)
+            return F.conv_transpose2d(x, taps, self.conv.bias, stride=2, padding=1)
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
@@ -116,7 +125,7 @@ class Encoder(nn.Module):
         x = self.conv_in(images)
         for level in self.levels:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+        return self.conv_out(F.silu(self.norm_out(self.middle(x)), inplace=True))
 
 
 class Decoder(nn.Module):
@@ -146,4 +155,4 @@ class Decoder(nn.Module):
         x = self.middle(self.conv_in(features))
         for level in self.levels:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))

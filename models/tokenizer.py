@@ -8,12 +8,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from models.autoencoder import Decoder, Encoder, PixelAttention, ResidualBlock
 from models.hub import HubModel
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.quantizer import MultiScaleQuantizer
 from models.storage import Description
+
+DECODED_PIXELS = {"cpu": 4 * 256 * 256, "cuda": 16 * 256 * 256}  # at a time: about 1 GB in float32, 2.5 GB in half precision
 
 
 @dataclass(frozen=True)
@@ -137,9 +140,25 @@ class VQVAE(nn.Module, HubModel):
         return self.quantizer.encode(self.features(images))
 
     @torch.no_grad()
-    def decode_features(self, f_hat: Tensor) -> Tensor:
-        """Features (B, code_dim, h, w) -> images (B, 3, f*h, f*w) clamped to [-1, 1]."""
-        return self.decoder(self.after_quantizer(f_hat)).clamp(-1, 1)
+    def decode_features(self, f_hat: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Features (B, code_dim, h, w) -> images (B, 3, f*h, f*w) clamped to [-1, 1], in the type of the features.
+
+        dtype: in which it is computed, None for that of the features. A few images at a time, so that memory does not grow
+        with the batch.
+        """
+        dtype = dtype or f_hat.dtype
+        steps = [
+            (module, {name: parameter.to(dtype) for name, parameter in module.named_parameters()})
+            for module in (self.after_quantizer, self.decoder)
+        ]
+        pixels = f_hat.shape[2] * f_hat.shape[3] * self.config.downsampling**2
+        images = []
+        for x in f_hat.split(max(DECODED_PIXELS[f_hat.device.type] // pixels, 1)):
+            x = x.to(dtype, memory_format=torch.channels_last)  # and so every map of the decoder, where it is faster
+            for module, weights in steps:
+                x = functional_call(module, weights, x)
+            images.append(x.to(f_hat.dtype).clamp(-1, 1))
+        return torch.cat(images).contiguous()
 
     def decode(self, indices: list[Tensor]) -> Tensor:
         """K index tensors (B, h_k * w_k) -> images (B, 3, H, W) in [-1, 1]."""

@@ -154,10 +154,10 @@ class Block(nn.Module):
         next_states = []
         for i, mixer in enumerate(self.mixers):
             y, state = mixer(modulate(x, scaling[i], shifts[i]), scales, states[i])
-            x = x + y * gammas[i]
+            x = torch.addcmul(x, y, gammas[i])
             next_states.append(state)
         y = self.ffn(modulate(x, scaling[-1], shifts[-1]))
-        return x + y * gammas[-1], tuple(next_states)
+        return torch.addcmul(x, y, gammas[-1]), tuple(next_states)
 
 
 class ScaleTransformer(nn.Module, HubModel):

@@ -232,10 +232,11 @@ def test_classes_are_labels_or_names(text, labels):
 def test_scales_end_with_the_image_in_smooth_mode_too(checkpoint, tokenizer):
     (setting,) = sample.SampleConfig("a", "b", preset="visual").sweep()
     transformer, vae = load_transformer(checkpoint), load_tokenizer(tokenizer)
-    (generation,) = sample.sample_groups(transformer, vae, [0, 1, 2], 0, setting, [0])
-    pictures = sample.scale_pictures(vae, generation)
+    labels, generators = torch.arange(3), [torch.Generator().manual_seed(seed) for seed in range(3)]
+    sampled = sample.make_sampler(sample.SampleConfig("a", "b"), setting, transformer, vae)(labels, generators)
+    pictures = sample.scale_pictures(vae, sampled)
     assert pictures.shape == (3, 4, 16, 16, 3)
-    np.testing.assert_array_equal(pictures[:, -1], sample.plots.to_uint8(generation.images))
+    np.testing.assert_array_equal(pictures[:, -1], sample.start_decoding(vae, sampled, None)())
 
 
 def test_labels_can_be_drawn(checkpoint, tmp_path, command):

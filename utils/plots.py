@@ -18,7 +18,12 @@ SMALLEST = 64  # images are enlarged to at least this many pixels
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Images (N, 3, H, W) in [0, 1] -> (N, H, W, 3) uint8, rounded to nearest."""
-    return images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return to_bytes(images).cpu().numpy()
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """The same where the images are: a contiguous tensor (N, H, W, 3)."""
+    return images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).contiguous()
 
 
 def grid(rows: list[np.ndarray], labels: list[str], heads: list[str] | None = None) -> Image.Image:
