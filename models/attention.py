@@ -78,6 +78,11 @@ class Tiling:
         return self.tile + 2 * self.reach
 
     @property
+    def scores(self) -> tuple[int, int]:
+        """Along this side: how many pairs of query and key are computed, and how many are seen."""
+        return self.count * self.tile * self.halo, self.size * min(self.window, self.size)
+
+    @property
     def before(self) -> int:
         """Padding before the first query."""
         return (self.count * self.tile - self.size) // 2
@@ -85,6 +90,20 @@ class Tiling:
     @property
     def after(self) -> int:
         return self.count * self.tile - self.size - self.before
+
+    @property
+    def apart(self) -> int:
+        """Tiles so far apart share no keys."""
+        return math.ceil(self.halo / self.tile)
+
+    def every(self, x: Tensor, dim: int, first: int) -> Tensor:
+        """Halos of tiles `first`, first + apart, ... along a dimension of a padded map, as a view: (..., tiles, halo, ...).
+
+        Slices, not unfold: what is written through an unfolded view torch.compile loses (PyTorch 2.15).
+        """
+        count, period = math.ceil((self.count - first) / self.apart), self.apart * self.tile
+        x = x.narrow(dim, first * self.tile, count * period).unflatten(dim, (count, period))
+        return x.narrow(dim + 1, 0, self.halo)
 
     def visible(self) -> Tensor:
         """(count, tile, halo) bool: which keys of its tile each query sees along this side; queries in the padding see some."""
@@ -104,27 +123,21 @@ class _Halos(torch.autograd.Function):
     def forward(ctx, x: Tensor, down: Tiling, across: Tiling) -> Tensor:
         ctx.tilings = down, across
         borders = [(side.reach + side.before, side.reach + side.after) for side in (across, down)]
-        x = F.pad(x, (0, 0, *borders[0], *borders[1]))
-        return _Halos.view(x, down, across, 1, 1).contiguous()
+        x = F.pad(x, (0, 0, *borders[0], *borders[1]))  # (B, H, h + padding, w + padding, D)
+        return x.unfold(2, down.halo, down.tile).unfold(3, across.halo, across.tile).movedim(4, -1).contiguous()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         down, across = ctx.tilings
-        sizes = [side.count * side.tile + 2 * side.reach for side in (down, across)]
-        padded = grad.new_zeros(*grad.shape[:2], *sizes, grad.shape[-1])  # (B, H, h + padding, w + padding, D)
-        every_down, every_across = (math.ceil(side.halo / side.tile) for side in (down, across))
-        for i in range(min(every_down, down.count)):
-            for j in range(min(every_across, across.count)):
-                part = padded[:, :, i * down.tile :, j * across.tile :]
-                _Halos.view(part, down, across, every_down, every_across).add_(grad[:, :, i::every_down, j::every_across])
+        grad = grad.transpose(3, 4)  # (B, H, tiles down, halo down, tiles across, halo across, D)
+        sizes = [(side.count + side.apart - 1) * side.tile for side in (down, across)]
+        x = grad.new_zeros(*grad.shape[:2], *sizes, grad.shape[-1])  # (B, H, h + padding, w + padding, D)
+        for i in range(min(down.apart, down.count)):
+            for j in range(min(across.apart, across.count)):
+                halos = across.every(down.every(x, 2, i), 4, j)
+                halos += grad[:, :, i :: down.apart, :, j :: across.apart]
         top, left = (side.reach + side.before for side in (down, across))
-        return padded[:, :, top : top + down.size, left : left + across.size], None, None
-
-    @staticmethod
-    def view(x: Tensor, down: Tiling, across: Tiling, every_down: int, every_across: int) -> Tensor:
-        """Tiles of a padded map with their halos, from the first on; 1: every one, 2: every second, ..."""
-        x = x.unfold(2, down.halo, every_down * down.tile).unfold(3, across.halo, every_across * across.tile)
-        return x.movedim(4, -1)
+        return x[:, :, top : top + down.size, left : left + across.size], None, None
 
 
 def windowed_attention(
@@ -198,6 +211,12 @@ class Attention(nn.Module):
         self.tilings = {size: Tiling.of(size, window) for k in windowed_scales for size in pyramid.shapes[k]}
         for size, tiling in self.tilings.items():
             self.register_buffer(f"visible_{size}", tiling.visible(), persistent=False)
+
+    @property
+    def hidden_scores(self) -> int:
+        """Per head: scores that are computed in windows, all scales together, and masked."""
+        pairs = [[self.tilings[size].scores for size in self.pyramid.shapes[k]] for k in self.windowed_scales]
+        return sum(down[0] * across[0] - down[1] * across[1] for down, across in pairs)
 
     def init_state(self, batch: int) -> AttentionState:
         like = {"device": self.q_bias.device, "dtype": self.q_bias.dtype}

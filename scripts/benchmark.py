@@ -26,6 +26,7 @@ from tqdm import tqdm
 from models.pyramid import STANDARD_SIDES
 from models.ssm import StateSpace
 from models.transformer import FAMILIES, ScaleTransformer, TransformerConfig, family_config, recompute_blocks_
+from scripts.benchmarks import attention, length
 from utils import cli, evidence, token_cache
 from utils.cli import argument, flag
 
@@ -33,28 +34,39 @@ PIXELS, NUM_CLASSES = 256, 1000
 IMAGENET_IMAGES = 1_281_167
 STATE_BYTES = 4 + 4 + 8 + 4  # per parameter, float32: weight, gradient, two moments of AdamW, average
 BATCHES_PER_REPEAT = 20
+# What a command takes where a flag is not given, and what all others take.
+COMMON = {"batch": 1}
+DEFAULTS: dict[str, dict] = {"tokens": {"batch": 768}, "memory": {}, "attention": {}, "length": {}}
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
     """Arguments of scripts/benchmark.py."""
 
-    command: str = argument("what is measured", choices=("tokens", "memory"))
+    command: str = argument("what is measured", choices=tuple(DEFAULTS))
     family: str = flag("mvar,var,markov", f"memory: kinds of transformer, comma-separated, of {', '.join(FAMILIES)}")
     depth: str = flag("12,16,20,24,30,32", "memory: depths, comma-separated")
     real: bool = flag(False, "memory: compute on this machine, which takes the memory and the time, instead of imitating a GPU")
-    batch: int = flag(768, "tokens: images per batch")
+    sides: str = flag("13,16,18,24,32,48,64", "attention: sides of maps, comma-separated")
+    heads: str = flag("4,12", "attention: numbers of heads, comma-separated")
+    batch: int | None = flag(None, "tokens, attention, length: images per batch")
     rows: int = flag(1 << 17, "tokens: images in the cache that is made for it")
-    repeats: int = flag(7, f"tokens: the median of so many measurements of {BATCHES_PER_REPEAT} batches")
+    repeats: int = flag(7, f"the median of so many measurements, tokens: of {BATCHES_PER_REPEAT} batches")
     json: str = flag("", "file to store the figures in, with command, machine, versions and commit")
     overwrite: bool = flag(False, "replace what is at --json")
 
     def __post_init__(self):
+        for name, value in (COMMON | DEFAULTS[self.command]).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         unknown = sorted(set(self.families) - set(FAMILIES))
         if unknown:
             raise ValueError(f"--family={self.family}: no {', '.join(unknown)}: give some of {','.join(FAMILIES)}")
         if not all(depth.isdigit() and int(depth) > 0 for depth in self.depth.split(",")):
             raise ValueError(f"--depth={self.depth}: give numbers of blocks such as 12,16")
+        for name in ("sides", "heads"):
+            if not all(number.isdigit() and int(number) > 0 for number in getattr(self, name).split(",")):
+                raise ValueError(f"--{name}={getattr(self, name)}: give numbers such as {getattr(BenchmarkConfig, name)}")
         for name in ("batch", "rows", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)}: give at least 1")
@@ -65,7 +77,10 @@ class BenchmarkConfig:
 
     @property
     def depths(self) -> list[int]:
-        return [int(depth) for depth in self.depth.split(",")]
+        return self.numbers("depth")
+
+    def numbers(self, name: str) -> list[int]:
+        return [int(number) for number in getattr(self, name).split(",")]
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------------
@@ -270,14 +285,20 @@ class FusedAttention(TorchFunctionMode):
         queries, keys, values = args
         bias = kwargs["attn_mask"]
         if bias is not None:
-            bias = queries.new_zeros(bias.shape).expand(*queries.shape[:2], *bias.shape)
+            bias = queries.new_zeros(bias.shape).expand(*queries.shape[:2], *bias.shape[-2:])
         attend = torch.ops.aten._scaled_dot_product_efficient_attention
         return attend(queries, keys, values, bias, compute_log_sumexp=True, scale=kwargs["scale"])[0]
 
 
 # --- common -------------------------------------------------------------------------------------------------------------
 
-COMMANDS: dict[str, Callable[[BenchmarkConfig], list[dict]]] = {"tokens": tokens, "memory": memory}
+COMMANDS: dict[str, Callable[[BenchmarkConfig], list[dict]]] = {
+    "tokens": tokens,
+    "memory": memory,
+    "attention": attention.attention,
+    "length": length.length,
+}
+PLOTS: dict[str, Callable[[Path, list[dict]], None]] = {"length": length.draw}  # beside --json, as .png
 
 
 def gigabytes(count: float) -> str:
@@ -301,6 +322,8 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
     "recomputed_bytes": ("recomputed", gigabytes),
     "computed_again_bytes": ("computed again", gigabytes),
     "inside_mamba_bytes": ("inside Mamba", gigabytes),
+    **attention.COLUMNS,
+    **length.COLUMNS,
 }
 
 
@@ -321,6 +344,8 @@ def main() -> None:
     rows = COMMANDS[config.command](config)
     if config.json:
         evidence.store(out, {"threads": torch.get_num_threads(), "rows": rows})
+        if config.command in PLOTS:
+            PLOTS[config.command](out.with_suffix(".png"), rows)
     print(page(config.command, rows), end="")
 
 
