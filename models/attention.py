@@ -4,11 +4,15 @@ Inside a scale attention is bidirectional. `history=True` also sees all earlier 
 `history=False` sees the token's own scale (M-VAR, arXiv 2411.10433, section 3.2; Markov MVAR, arXiv 2505.12742, section 3.2).
 On chosen scales a k x k window limits what is seen to the neighbourhood of the token (Markov MVAR, section 3.3).
 
-Scales are attended in groups: the first, small ones together in one masked call, each later scale in one dense call. So the
-same code serves training (all scales) and generation (one scale), and no mask over the whole sequence exists.
+Scales are attended in groups: the first, small ones together in one masked call, each later scale in one call. So the same
+code serves training (all scales) and generation (one scale), and no mask over the whole sequence exists.
+
+Windows cost time and memory linear in the tokens: a large map is cut into tiles of queries, each of which is attended with the
+keys of the tile and of a halo around it, under a small mask.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,6 +22,8 @@ from torch import Tensor, nn
 from models.pyramid import Pyramid
 
 LEADING_TOKENS = 160  # the first scales that fit in here share one masked call: 155 tokens of the 256 px pyramid
+TILE = 8  # side of a tile of queries: of 6 to 16 the fastest on sides 24 to 64, forward and backward
+UNDIVIDED = 1.5  # sides shorter than so many tiles with their halos are not cut: one masked call is faster up to side 20
 MAX_LOG_SCALE = math.log(100)  # cap of the learned logit scale of normalised attention
 
 
@@ -32,20 +38,140 @@ class AttentionState(NamedTuple):
     values: Tensor
 
 
-def window_mask(height: int, width: int, window: int) -> Tensor:
-    """(h * w, h * w) bool: which keys each query sees through a window x window neighbourhood.
+def _in_window(queries: Tensor, keys: Tensor, size: int, window: int) -> Tensor:
+    """Which keys each query sees along one side of a map, from their positions (broadcast together).
 
-    At a border the window is moved inside the map, so every query sees exactly window * window keys (neighbourhood attention,
-    NATTEN); along a side shorter than the window it sees the whole side.
+    At a border the window is moved inside the map, so every query sees exactly `window` keys (neighbourhood attention, NATTEN);
+    along a side shorter than the window it sees the whole side.
+    """
+    first = (queries - window // 2).clamp(0, max(size - window, 0))
+    return (keys >= first) & (keys < first + window)
+
+
+def window_mask(height: int, width: int, window: int) -> Tensor:
+    """(h * w, h * w) bool: which keys each query sees through a window x window neighbourhood, on the whole map at once."""
+    rows, columns = (_in_window(torch.arange(n)[:, None], torch.arange(n), n, window) for n in (height, width))
+    return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(height * width, height * width)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """One side of a map, cut into `count` tiles of `tile` queries; the keys of a tile are its own and `reach` on either side.
+
+    All tiles are equal, so the side is padded to count * tile queries. Half of that stands at either end, which leaves every
+    tile more than `reach` queries of the map: the window of a query at the border then lies within the halo of its tile.
     """
 
-    def near(size: int) -> Tensor:  # (size, size): the window along one axis
-        positions = torch.arange(size)
-        first = (positions - window // 2).clamp(0, max(size - window, 0))
-        return (positions >= first[:, None]) & (positions < first[:, None] + window)
+    size: int
+    window: int
+    count: int
+    tile: int
+    reach: int
 
-    rows, columns = near(height), near(width)
-    return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(height * width, height * width)
+    @classmethod
+    def of(cls, size: int, window: int) -> "Tiling":
+        tile, reach = max(TILE, window + 1), window // 2
+        if size < UNDIVIDED * (tile + 2 * reach):
+            return cls(size, window, count=1, tile=size, reach=0)
+        count = math.ceil(size / tile)
+        return cls(size, window, count, math.ceil(size / count), reach)
+
+    @property
+    def halo(self) -> int:
+        """Keys of a tile."""
+        return self.tile + 2 * self.reach
+
+    @property
+    def scores(self) -> tuple[int, int]:
+        """Along this side: how many pairs of query and key are computed, and how many are seen."""
+        return self.count * self.tile * self.halo, self.size * min(self.window, self.size)
+
+    @property
+    def before(self) -> int:
+        """Padding before the first query."""
+        return (self.count * self.tile - self.size) // 2
+
+    @property
+    def after(self) -> int:
+        return self.count * self.tile - self.size - self.before
+
+    @property
+    def apart(self) -> int:
+        """Tiles so far apart share no keys."""
+        return math.ceil(self.halo / self.tile)
+
+    def every(self, x: Tensor, dim: int, first: int) -> Tensor:
+        """Halos of tiles `first`, first + apart, ... along a dimension of a padded map, as a view: (..., tiles, halo, ...).
+
+        Slices, not unfold: what is written through an unfolded view torch.compile loses (PyTorch 2.15).
+        """
+        count, period = math.ceil((self.count - first) / self.apart), self.apart * self.tile
+        x = x.narrow(dim, first * self.tile, count * period).unflatten(dim, (count, period))
+        return x.narrow(dim + 1, 0, self.halo)
+
+    def visible(self) -> Tensor:
+        """(count, tile, halo) bool: which keys of its tile each query sees along this side; queries in the padding see some."""
+        tiles = torch.arange(self.count).view(-1, 1, 1) * self.tile - self.before
+        queries = (tiles + torch.arange(self.tile).view(-1, 1)).clamp(0, self.size - 1)
+        return _in_window(queries, tiles - self.reach + torch.arange(self.halo), self.size, self.window)
+
+
+class _Halos(torch.autograd.Function):
+    """The keys of every tile: x (B, H, h, w, D) -> (B, H, tiles down, tiles across, halo down, halo across, D).
+
+    A view of the padded map, copied. In the backward pass tiles far enough apart not to share keys are added at once: linear
+    in the tokens and always in the same order, while autograd takes three times as long for the same view.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, down: Tiling, across: Tiling) -> Tensor:
+        ctx.tilings = down, across
+        borders = [(side.reach + side.before, side.reach + side.after) for side in (across, down)]
+        x = F.pad(x, (0, 0, *borders[0], *borders[1]))  # (B, H, h + padding, w + padding, D)
+        return x.unfold(2, down.halo, down.tile).unfold(3, across.halo, across.tile).movedim(4, -1).contiguous()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        down, across = ctx.tilings
+        grad = grad.transpose(3, 4)  # (B, H, tiles down, halo down, tiles across, halo across, D)
+        sizes = [(side.count + side.apart - 1) * side.tile for side in (down, across)]
+        x = grad.new_zeros(*grad.shape[:2], *sizes, grad.shape[-1])  # (B, H, h + padding, w + padding, D)
+        for i in range(min(down.apart, down.count)):
+            for j in range(min(across.apart, across.count)):
+                halos = across.every(down.every(x, 2, i), 4, j)
+                halos += grad[:, :, i :: down.apart, :, j :: across.apart]
+        top, left = (side.reach + side.before for side in (down, across))
+        return x[:, :, top : top + down.size, left : left + across.size], None, None
+
+
+def windowed_attention(
+    q: Tensor, k: Tensor, v: Tensor, tilings: tuple[Tiling, Tiling], visible: tuple[Tensor, Tensor], scale: float
+) -> Tensor:
+    """Attention through windows on one map: (B, H, h * w, D) each -> (B, h * w, H * D).
+
+    tilings, visible: of the map's height and width.
+    """
+    (down, across), (batch, heads, _, dim) = tilings, q.shape
+    # (tiles down, tiles across, tile down, tile across, halo down, halo across)
+    rows, columns = (q.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf) for seen in visible)
+    mask = rows[:, None, :, None, :, None] + columns[None, :, None, :, None, :]
+    num_tiles = down.count * across.count
+    mask = mask.view(1, num_tiles, down.tile * across.tile, down.halo * across.halo)
+    if num_tiles == 1:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)  # (B, H, h * w, D)
+        return y.transpose(1, 2).flatten(2)
+
+    q, k, v = (x.unflatten(2, (down.size, across.size)) for x in (q, k, v))  # (B, H, h, w, D)
+    q = F.pad(q, (0, 0, across.before, across.after, down.before, down.after))
+    q = q.unflatten(3, (across.count, across.tile)).unflatten(2, (down.count, down.tile)).transpose(3, 4)
+    # One mask for all images and heads: these make the batch, tiles stand where the kernels have heads.
+    q = q.reshape(batch * heads, num_tiles, -1, dim)  # (B * H, tiles, queries, D)
+    k, v = (_Halos.apply(x, down, across).view(batch * heads, num_tiles, -1, dim) for x in (k, v))  # (B * H, tiles, keys, D)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    y = y.view(batch, heads, down.count, across.count, down.tile, across.tile, dim)
+    y = y.permute(0, 2, 4, 3, 5, 1, 6).flatten(3, 4).flatten(1, 2)  # (B, h + padding, w + padding, H, D)
+    y = y[:, down.before : down.before + down.size, across.before : across.before + across.size]
+    return y.reshape(batch, -1, heads * dim)
 
 
 def _length(vectors: Tensor) -> Tensor:
@@ -91,9 +217,15 @@ class Attention(nn.Module):
         ids = pyramid.scale_ids()[: pyramid.offsets[self.num_leading]]
         leading_mask = ids[:, None] >= ids if history else ids[:, None] == ids
         self.register_buffer("leading_mask", leading_mask, persistent=False)
-        for k in windowed_scales:
-            height, width = pyramid.shapes[k]
-            self.register_buffer(f"window_mask_{k}", window_mask(height, width, window), persistent=False)
+        self.tilings = {size: Tiling.of(size, window) for k in windowed_scales for size in pyramid.shapes[k]}
+        for size, tiling in self.tilings.items():
+            self.register_buffer(f"visible_{size}", tiling.visible(), persistent=False)
+
+    @property
+    def hidden_scores(self) -> int:
+        """Per head: scores that are computed in windows, all scales together, and masked."""
+        pairs = [[self.tilings[size].scores for size in self.pyramid.shapes[k]] for k in self.windowed_scales]
+        return sum(down[0] * across[0] - down[1] * across[1] for down, across in pairs)
 
     def init_state(self, batch: int) -> AttentionState:
         like = {"device": self.q_bias.device, "dtype": self.q_bias.dtype}
@@ -112,20 +244,23 @@ class Attention(nn.Module):
 
         first_query = self.pyramid.offsets[scales.start]
         first_key = 0 if self.history else first_query
+        scale = 1.0 if self.normalize else 0.25 / math.sqrt(q.shape[-1])
         outputs = []
         for group in self._groups(scales):
             queries = self.pyramid.tokens(group)
             keys = slice(0 if self.history else queries.start, queries.stop)
             rows = slice(queries.start - first_query, queries.stop - first_query)
             columns = slice(keys.start - first_key, keys.stop - first_key)
-            y = F.scaled_dot_product_attention(
-                q[:, :, rows],
-                k[:, :, columns],
-                v[:, :, columns],
-                attn_mask=self._mask(group, queries, keys),
-                scale=1.0 if self.normalize else 0.25 / math.sqrt(q.shape[-1]),
-            )
-            outputs.append(y.transpose(1, 2).flatten(2))  # (B, L_of_group, C)
+            parts = q[:, :, rows], k[:, :, columns], v[:, :, columns]
+            if group.start in self.windowed_scales:
+                shape = self.pyramid.shapes[group.start]
+                tilings = tuple(self.tilings[size] for size in shape)
+                visible = tuple(getattr(self, f"visible_{size}") for size in shape)
+                outputs.append(windowed_attention(*parts, tilings, visible, scale))
+            else:
+                mask = self.leading_mask[queries, keys] if len(group) > 1 else None
+                y = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale)  # (B, H, L_of_group, D)
+                outputs.append(y.transpose(1, 2).flatten(2))
         return self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state  # (B, L_of_scales, C)
 
     def _written(self, past: Tensor, new: Tensor, scales: range) -> Tensor:
@@ -155,9 +290,3 @@ class Attention(nn.Module):
         leading = range(scales.start, min(scales.stop, self.num_leading))
         rest = range(max(scales.start, self.num_leading), scales.stop)
         return ([leading] if leading else []) + [range(k, k + 1) for k in rest]
-
-    def _mask(self, group: range, queries: slice, keys: slice) -> Tensor | None:
-        """The mask of one group, or None where every key is visible."""
-        if group.start in self.windowed_scales:
-            return getattr(self, f"window_mask_{group.start}")
-        return self.leading_mask[queries, keys] if len(group) > 1 else None

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 MAX_CHUNK = 64
+MAX_PIECE = 1024  # tokens: what a longer piece needs at once leaves a CPU's caches, which costs a tenth of the whole model
 NORM_EPS = 1e-5
 DT_RANGE = (1e-3, 1e-1)  # initial step sizes, log-uniform (Mamba-2's own initialisation)
 DT_FLOOR = 1e-4
@@ -194,10 +195,22 @@ class StateSpace(nn.Module):
         )
 
     def forward(self, zxBC: Tensor, dt: Tensor, conv: Tensor | None, ssm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, inner + conv_dim), (B, L, H), state, None at the first token -> (B, L, inner), state."""
-        with torch.autocast(zxBC.device.type, enabled=False):
-            if self.whole is not None and ssm is None:
+        """(B, L, inner + conv_dim), (B, L, H), state, None at the first token -> (B, L, inner), state.
+
+        On a CPU long sequences are computed piece by piece.
+        """
+        if self.whole is not None and ssm is None:
+            with torch.autocast(zxBC.device.type, enabled=False):
                 return self.whole(self, zxBC, dt)
+        size = MAX_PIECE if zxBC.device.type == "cpu" else zxBC.shape[1]
+        pieces = []
+        for part, steps in zip(zxBC.split(size, dim=1), dt.split(size, dim=1), strict=True):
+            y, conv, ssm = self._advance(part, steps, conv, ssm)
+            pieces.append(y)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), conv, ssm
+
+    def _advance(self, zxBC: Tensor, dt: Tensor, conv: Tensor | None, ssm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(zxBC.device.type, enabled=False):
             wide = torch.promote_types(zxBC.dtype, torch.float32)
             z, xBC = zxBC.split([self.inner, self.conv_dim], dim=-1)
             xBC, conv = self.conv(xBC, conv, self.conv1d.weight, self.conv1d.bias)

@@ -27,7 +27,7 @@ from models.pyramid import STANDARD_SIDES, Pyramid
 from models.scan_backends import SCAN_BACKENDS
 from models.ssm import StateSpace
 from models.transformer import FAMILIES, ScaleTransformer, TransformerConfig, family_config, recompute_blocks_
-from scripts.benchmarks import scan, training
+from scripts.benchmarks import attention, length, scan, training
 from utils import cli, evidence, token_cache
 from utils.cli import argument, flag
 
@@ -40,6 +40,8 @@ COMMON = {"family": "mvar,var,markov", "depth": "12", "batch": 1, "pn": "256"}
 DEFAULTS: dict[str, dict] = {
     "tokens": {"batch": 768},
     "memory": {"depth": "12,16,20,24,30,32"},
+    "attention": {},
+    "length": {},
     "scan": {"depth": "12,16,24", "batch": 8, "pn": "256,512"},
     "training": {"batch": 16},
 }
@@ -57,7 +59,9 @@ class BenchmarkConfig:
     precision: str = flag("", "training; empty: bfloat16 on GPUs, else float32", choices=("", "float32", "float16", "bfloat16"))
     scan_backend: str = flag("auto", "training: as in train.py", choices=SCAN_BACKENDS)
     real: bool = flag(False, "memory: compute on this machine, which takes the memory and the time, instead of imitating a GPU")
-    batch: int | None = flag(None, "tokens, scan, training: images per batch")
+    sides: str = flag("13,16,18,24,32,48,64", "attention: sides of maps, comma-separated")
+    heads: str = flag("4,12", "attention: numbers of heads, comma-separated")
+    batch: int | None = flag(None, "tokens, attention, length, scan, training: images per batch")
     rows: int = flag(1 << 17, "tokens: images in the cache that is made for it")
     repeats: int = flag(7, f"the median of so many measurements, tokens: of {BATCHES_PER_REPEAT} batches")
     json: str = flag("", "file to store the figures in, with command, machine, versions and commit")
@@ -72,6 +76,9 @@ class BenchmarkConfig:
             raise ValueError(f"--family={self.family}: no {', '.join(unknown)}: give some of {','.join(FAMILIES)}")
         if not all(depth.isdigit() and int(depth) > 0 for depth in self.depth.split(",")):
             raise ValueError(f"--depth={self.depth}: give numbers of blocks such as 12,16")
+        for name in ("sides", "heads"):
+            if not all(number.isdigit() and int(number) > 0 for number in getattr(self, name).split(",")):
+                raise ValueError(f"--{name}={getattr(self, name)}: give numbers such as {getattr(BenchmarkConfig, name)}")
         for name in ("batch", "rows", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)}: give at least 1")
@@ -86,7 +93,10 @@ class BenchmarkConfig:
 
     @property
     def depths(self) -> list[int]:
-        return [int(depth) for depth in self.depth.split(",")]
+        return self.numbers("depth")
+
+    def numbers(self, name: str) -> list[int]:
+        return [int(number) for number in getattr(self, name).split(",")]
 
     @property
     def pyramids(self) -> list[Pyramid]:
@@ -295,7 +305,7 @@ class FusedAttention(TorchFunctionMode):
         queries, keys, values = args
         bias = kwargs["attn_mask"]
         if bias is not None:
-            bias = queries.new_zeros(bias.shape).expand(*queries.shape[:2], *bias.shape)
+            bias = queries.new_zeros(bias.shape).expand(*queries.shape[:2], *bias.shape[-2:])
         attend = torch.ops.aten._scaled_dot_product_efficient_attention
         return attend(queries, keys, values, bias, compute_log_sumexp=True, scale=kwargs["scale"])[0]
 
@@ -305,9 +315,12 @@ class FusedAttention(TorchFunctionMode):
 COMMANDS: dict[str, Callable[[BenchmarkConfig], list[dict]]] = {
     "tokens": tokens,
     "memory": memory,
+    "attention": attention.attention,
+    "length": length.length,
     "scan": scan.scan,
     "training": training.training,
 }
+PLOTS: dict[str, Callable[[Path, list[dict]], None]] = {"length": length.draw}  # beside --json, as .png
 
 
 def gigabytes(count: float) -> str:
@@ -331,6 +344,8 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
     "recomputed_bytes": ("recomputed", gigabytes),
     "computed_again_bytes": ("computed again", gigabytes),
     "inside_mamba_bytes": ("inside Mamba", gigabytes),
+    **attention.COLUMNS,
+    **length.COLUMNS,
     **scan.COLUMNS,
     **training.COLUMNS,
 }
@@ -353,6 +368,8 @@ def main() -> None:
     rows = COMMANDS[config.command](config)
     if config.json:
         evidence.store(out, {"threads": torch.get_num_threads(), "rows": rows})
+        if config.command in PLOTS:
+            PLOTS[config.command](out.with_suffix(".png"), rows)
     print(page(config.command, rows), end="")
 
 

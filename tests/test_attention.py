@@ -1,11 +1,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_weights import assert_near, facts, hashed_weights, tensors
+from golden_weights import assert_near, facts, hashed_weights, relative_error, tensors
 from small_models import SIDES, randomise_, seeded
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.attention import LEADING_TOKENS, Attention, AttentionState, window_mask
-from models.pyramid import Pyramid
+from models.attention import LEADING_TOKENS, Attention, AttentionState, Tiling, _Halos, window_mask, windowed_attention
+from models.pyramid import STANDARD_SIDES, Pyramid
 from utils import official
 
 GOLDEN = tensors("attention")
@@ -137,6 +140,153 @@ def test_window_at_the_border_is_moved_inside():
 def test_window_wider_than_a_side_sees_the_whole_side():
     seen = window_mask(3, 9, 5)[0].view(3, 9)
     assert torch.equal(seen, (torch.arange(9) < 5).expand(3, 9))
+
+
+# --- windows by tiles ---------------------------------------------------------------------------------------------------
+
+# Undivided, divided along one side, along both; sides that tiles of 8 divide and that they do not; windows up to 11.
+MAPS = [
+    *[(side, side, 7) for side in (7, 8, 13, 16, 20, 21, 24, 27, 32)],
+    *[(15, 15, 3), (18, 20, 5), (57, 21, 7), (29, 33, 9), (37, 41, 11), (31, 25, 1)],
+    *[(8, 13, 7), (7, 30, 7), (30, 7, 7), (3, 40, 5), (24, 50, 3)],
+]
+
+
+def map_inputs(height: int, width: int, dtype=torch.float64, batch: int = 2, dim: int = 8) -> list[Tensor]:
+    """q, k, v (B, 2 heads, h * w, dim) as views of one tensor, as attention makes them."""
+    qkv = torch.randn(batch, height * width, 3, 2, dim, generator=seeded(height * width), dtype=torch.float64)
+    return list(qkv.to(dtype).permute(2, 0, 3, 1, 4).requires_grad_())
+
+
+def by_tiles(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, window: int) -> Tensor:
+    tilings = Tiling.of(height, window), Tiling.of(width, window)
+    return windowed_attention(q, k, v, tilings, tuple(side.visible() for side in tilings), scale=0.5)
+
+
+def by_mask(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, window: int) -> Tensor:
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=window_mask(height, width, window), scale=0.5)
+    return y.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("shape", MAPS)
+def test_tiles_equal_the_mask_over_the_whole_map_forward_and_backward(shape):
+    inputs = map_inputs(*shape[:2])
+    ours, reference = by_tiles(*inputs, *shape), by_mask(*inputs, *shape)
+    torch.testing.assert_close(ours, reference, atol=1e-10, rtol=0)
+    weights = torch.randn(ours.shape, generator=seeded(1), dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad(y, inputs, weights) for y in (ours, reference)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_tiles_equal_the_mask_in_lower_precision(dtype, tolerance):
+    inputs = map_inputs(27, 22, dtype)
+    ours = by_tiles(*inputs, 27, 22, 7)
+    exact = by_mask(*(x.double() for x in inputs), 27, 22, 7)
+    assert ours.dtype == dtype
+    weights = torch.randn(ours.shape, generator=seeded(1))
+    grads = zip(*(torch.autograd.grad(y, inputs, weights.to(y.dtype)) for y in (ours, exact)), strict=True)
+    for a, b in [(ours, exact), *grads]:
+        torch.testing.assert_close(a.double(), b.double(), atol=tolerance, rtol=tolerance)
+
+
+def test_tiles_under_autocast_stay_in_its_type():
+    attention = Attention(32, 2, Pyramid((1, 24)), history=False, windowed_scales=(1,))
+    randomise_(attention)
+    x = torch.randn(1, 577, 32, generator=seeded(3))
+    with torch.no_grad():
+        exact, _ = attention(x, range(2))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y, _ = attention(x, range(2))
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y.float(), exact) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(15, 22, 3), (21, 6, 7)])
+def test_gradients_of_halos_equal_finite_differences(shape):
+    height, width, window = shape
+    x = torch.randn(1, 1, height, width, 1, generator=seeded(4), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: _Halos.apply(x, Tiling.of(height, window), Tiling.of(width, window)), x)
+
+
+@pytest.mark.parametrize("window", [1, 3, 5, 7, 9, 15])
+def test_along_every_side_tiles_see_what_the_rule_says(window):
+    """However the padding falls, the halo of a tile holds the windows of all its queries."""
+    for size in range(1, 150):
+        tiling, visible = Tiling.of(size, window), Tiling.of(size, window).visible()
+        seen = torch.zeros(tiling.count * tiling.tile, tiling.count * tiling.tile + 2 * tiling.reach, dtype=torch.bool)
+        for i in range(tiling.count):
+            first = i * tiling.tile
+            seen[first : first + tiling.tile, first : first + tiling.halo] = visible[i]
+        first_key = tiling.before + tiling.reach
+        inside = seen[tiling.before : tiling.before + size, first_key : first_key + size]
+        assert torch.equal(inside, window_mask(1, size, window)), size
+        assert (seen.sum(dim=1) == min(window, size)).all(), size  # queries in the padding see keys too: no NaN
+
+
+def test_masks_grow_with_the_side_not_with_the_map():
+    """Published 1024 px pyramid: a mask over all of 64x64 alone had 16.8 million elements."""
+    sides = STANDARD_SIDES[1024]
+    attention = Attention(8, 1, Pyramid(sides), history=False, windowed_scales=tuple(range(8, len(sides))))
+    elements = {name: buffer.numel() for name, buffer in attention.named_buffers() if name.startswith("visible")}
+    assert set(elements) == {f"visible_{side}" for side in (16, 21, 27, 36, 48, 64)}
+    assert all(elements[f"visible_{side}"] <= 16 * side for side in (16, 21, 27, 36, 48, 64))
+
+
+class LargestTensor(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else [results]:
+            if isinstance(result, Tensor):
+                self.elements = max(self.elements, result.numel())
+        return results
+
+
+@pytest.mark.parametrize(("side", "factor"), [(32, 1.0), (64, 4.0), (96, 9.0)])
+def test_no_tensor_is_quadratic_in_the_tokens(side, factor):
+    """The largest tensor of forward and backward pass grows as the tokens do, four times from 32x32 to 64x64."""
+    inputs = map_inputs(side, side, torch.float32, batch=1)
+    with LargestTensor() as largest:
+        by_tiles(*inputs, side, side, 7).sum().backward()
+    assert largest.elements == factor * 4 * 4 * 64 * 14 * 14  # masks: 64 queries with 14 x 14 keys in each of 4 x 4 tiles
+
+
+def test_windows_run_on_tensors_without_values():
+    with FakeTensorMode():
+        attention = Attention(32, 2, Pyramid((1, 30)), history=False, windowed_scales=(1,))
+        y, _ = attention(torch.zeros(3, 901, 32), range(2))
+        y.sum().backward()
+    assert y.shape == (3, 901, 32)
+
+
+def test_tiles_compile_to_the_same_gradients():
+    """What the compiler makes of views that are written to was once wrong: gradients of all but the last tiles were lost."""
+    inputs = map_inputs(21, 26)
+
+    def gradients(function) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(*inputs, 21, 26, 7).square().sum(), inputs)
+
+    compiled = torch.compile(by_tiles, backend="aot_eager", fullgraph=True)
+    for a, b in zip(gradients(compiled), gradients(by_tiles), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cuts", [(0, 1, 2, 3, 4), (0, 3, 4)])
+def test_tiles_scale_by_scale_equal_all_at_once(cuts):
+    sides = (3, 8, (21, 26), (24, 30))
+    attention = Attention(32, 2, Pyramid(sides), history=False, windowed_scales=(1, 2, 3))
+    randomise_(attention)
+    attention.double().requires_grad_(False)
+    x = torch.randn(2, Pyramid(sides).num_tokens, 32, generator=seeded(5), dtype=torch.float64)
+    tokens = Pyramid(sides).tokens
+    pieces = [attention(x[:, tokens(range(a, b))], range(a, b))[0] for a, b in zip(cuts, cuts[1:], strict=False)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), attention(x, range(4))[0])
+    visible = torch.zeros(x.shape[1], x.shape[1], dtype=torch.bool)
+    for k, (height, width) in enumerate(Pyramid(sides).shapes):
+        visible[tokens(range(k, k + 1)), tokens(range(k, k + 1))] = window_mask(height, width, 7)
+    torch.testing.assert_close(attention(x, range(4))[0], dense_reference(attention, x, visible))
 
 
 def test_learned_scale_is_capped():

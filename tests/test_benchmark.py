@@ -33,6 +33,12 @@ def test_tensors_without_values_keep_what_real_ones_keep(family, recompute):
     assert kept(config, recompute) == kept(config, recompute, real=True) > 0
 
 
+def test_tensors_without_values_keep_what_windows_in_tiles_keep():
+    config = small_transformer("markov", sides=(1, 24), window=7).config
+    assert kept(config, False) == kept(config, False, real=True)
+    assert kept(config, False, GPU) == pytest.approx(kept(config, False), rel=0.01)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_imitated_gpu_keeps_what_a_real_one_keeps(family):
@@ -157,6 +163,51 @@ def test_a_training_step_does_not_wait_for_the_gpu(measure, tmp_path, precision)
     assert [row["host_waits"] for row in json.loads(out.read_text())["rows"]] == [0, 0, 0]
 
 
+def test_attention_is_a_row_for_every_map_and_number_of_heads(measure, tmp_path):
+    out = tmp_path / "attention.json"
+    code, shown, _ = measure("attention", "--sides=9,21", "--heads=1,2", "--repeats=2", f"--json={out}")
+    assert code == 0
+    assert shown.startswith("# Windows on one map\n")
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["heads"], row["map"], row["tiles"]) for row in rows] == [
+        *[(1, "9x9", "1x1"), (1, "21x21", "3x3")],
+        *[(2, "9x9", "1x1"), (2, "21x21", "3x3")],
+    ]
+    times = [f"{way}_seconds" for way in ("whole", "mask", "tiles", "whole_training", "mask_training", "tiles_training")]
+    assert all(row[name] > 0 for row in rows for name in times)
+
+
+@pytest.mark.parametrize("ending", ["", "_training"])
+def test_masks_and_tiles_are_measured_on_one_function(ending):
+    torch.manual_seed(0)
+    ways = benchmark.attention.ways(2, 1, 21, CPU)
+    torch.testing.assert_close(ways["tiles" + ending](), ways["mask" + ending](), atol=1e-4, rtol=1e-4)
+
+
+def test_length_compares_models_and_sizes_and_draws_them(measure, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark.length, "PIXELS", (32, 64))
+    out = tmp_path / "length.json"
+    code, shown, _ = measure("length", "--repeats=1", f"--json={out}")
+    assert code == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["model"], row["tokens"]) for row in rows[:2]] == [("VAR", 30), ("VAR", 103)]
+    assert len(rows) == 2 * len(benchmark.length.MODELS)
+    for small, large in zip(rows[::2], rows[1::2], strict=True):
+        assert small["over_smallest"] == 1
+        assert large["over_smallest"] == pytest.approx(large["token_seconds"] / small["token_seconds"])
+    assert (tmp_path / "length.png").stat().st_size > 1000
+
+
+def test_peak_memory_is_the_most_held_at_once():
+    def hold_two_of_three() -> None:
+        first = torch.zeros(1000, dtype=torch.float64)
+        second = first + 1
+        del first
+        second + 1
+
+    assert benchmark.length.cpu_peak_bytes(hold_two_of_three) == pytest.approx(2 * 8000, abs=500)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -164,6 +215,7 @@ def test_a_training_step_does_not_wait_for_the_gpu(measure, tmp_path, precision)
         (["speed"], "invalid choice: 'speed'"),
         (["memory", "--family=mvar,foo"], "--family=mvar,foo: no foo: give some of mvar,var"),
         (["memory", "--depth=12,"], "--depth=12,: give numbers of blocks such as 12,16"),
+        (["attention", "--sides=13,x"], "--sides=13,x: give numbers such as 13,16,18,24,32,48,64"),
         (["tokens", "--batch=0"], "--batch=0: give at least 1"),
         (["training", "--tfast=4"], "--tfast=4: give some of 0,1,2,3"),
         (["training", "--pn=256,512"], "--pn=256,512: training takes one pyramid"),

@@ -5,6 +5,7 @@ from golden_weights import GRADIENTS, assert_near, facts, hashed_weights, relati
 from small_models import randomise_, seeded
 from torch import Tensor
 
+from models import ssm
 from models.ssm import Mamba2, StateSpace, causal_conv, chunked_scan
 from utils import official
 
@@ -114,6 +115,16 @@ def test_scan_gradients_equal_those_of_the_recurrence(length):
     ours = gradients(lambda *inputs: chunked_scan(*inputs, max_chunk=4), inputs)
     for a, b in zip(ours, gradients(recurrence, inputs), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+
+
+def test_long_sequences_go_piece_by_piece_with_the_same_result(random_block, monkeypatch):
+    x = torch.randn(2, 23, 64, generator=seeded(7), dtype=torch.float64, requires_grad=True)
+    results = []
+    for longest in (23, 10):
+        monkeypatch.setattr(ssm, "MAX_PIECE", longest)
+        y, state = random_block(x, range(1))
+        results.append((y, *state, *torch.autograd.grad(y.square().sum(), x)))
+    torch.testing.assert_close(*results)
 
 
 def test_float32_gradients_over_a_whole_pyramid():
