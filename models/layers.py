@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-6
+MAX_PIECE = 1024  # tokens: the hidden layer of a longer piece leaves a CPU's caches, and the system gives its memory anew
 
 
 class Modulation(NamedTuple):
@@ -50,7 +51,7 @@ class ModulationOffset(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """(B, L, C) -> (B, L, C) through a hidden layer of ratio * C with tanh-GELU."""
+    """(B, L, C) -> (B, L, C) through a hidden layer of ratio * C with tanh-GELU; long sequences piece by piece."""
 
     def __init__(self, width: int, ratio: float):
         super().__init__()
@@ -58,7 +59,8 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(round(width * ratio), width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        pieces = [self.fc2(F.gelu(self.fc1(part), approximate="tanh")) for part in x.split(MAX_PIECE, dim=1)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 def drop_paths(modulation: Modulation, rate: float) -> Modulation:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 MAX_CHUNK = 64
-MAX_PIECE = 1024  # tokens: what a longer piece needs at once leaves a CPU's caches, which costs a tenth of the whole model
+MAX_PIECE = 1024  # tokens: what a longer piece needs at once leaves a CPU's caches, a tenth of the whole model's time
 NORM_EPS = 1e-5
 DT_RANGE = (1e-3, 1e-1)  # initial step sizes, log-uniform (Mamba-2's own initialisation)
 DT_FLOOR = 1e-4

@@ -1,7 +1,8 @@
 import torch
 from small_models import seeded
 
-from models.layers import Modulation, ModulationOffset, drop_paths, modulate
+from models import layers
+from models.layers import FeedForward, Modulation, ModulationOffset, drop_paths, modulate
 
 
 def test_flat_modulation_holds_all_gates_then_all_scales_then_all_shifts():
@@ -20,6 +21,14 @@ def test_modulate_normalises_each_token_before_scale_and_shift():
     y = modulate(x, scale, shift)
     torch.testing.assert_close(y.mean(dim=-1), torch.full((2, 7), 2.0))
     torch.testing.assert_close(y.std(dim=-1, correction=0), torch.full((2, 7), 1.5))
+
+
+def test_long_sequences_go_through_the_feed_forward_piece_by_piece(monkeypatch):
+    ffn = FeedForward(8, 4).double()
+    x = torch.randn(2, 23, 8, generator=seeded(1), dtype=torch.float64)
+    whole = ffn(x)
+    monkeypatch.setattr(layers, "MAX_PIECE", 10)
+    torch.testing.assert_close(ffn(x), whole)
 
 
 def test_drop_path_closes_gates_of_whole_images_and_keeps_the_mean():
