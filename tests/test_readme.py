@@ -57,8 +57,9 @@ def test_no_number_of_gpus_is_assumed():
 def test_the_commands_of_the_training_page_parse():
     blocks = "".join(re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.S))
     configs = {"cache_tokens.py": "CacheConfig", "export_checkpoint.py": "ExportConfig", "plot_run.py": "PlotConfig"}
+    configs["benchmark.py"] = "BenchmarkConfig"
     lines = [shlex.split(line) for line in blocks.splitlines()]
-    assert len(lines) == 3
+    assert len(lines) == 5
     for words in lines:
         name = next(word for word in words if word.endswith(".py")).removeprefix("scripts/")
         config = getattr(script(name.removesuffix(".py")), configs[name])
