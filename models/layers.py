@@ -59,7 +59,8 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(round(width * ratio), width)
 
     def forward(self, x: Tensor) -> Tensor:
-        pieces = [self.fc2(F.gelu(self.fc1(part), approximate="tanh")) for part in x.split(MAX_PIECE, dim=1)]
+        size = MAX_PIECE if x.device.type == "cpu" else x.shape[1]
+        pieces = [self.fc2(F.gelu(self.fc1(part), approximate="tanh")) for part in x.split(size, dim=1)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 

@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, flags=re.M | re.S))
 CONFIGS = {"train.py": TrainConfig, "sample.py": SampleConfig}
 SCRIPT_CONFIGS = {
+    "benchmark.py": "BenchmarkConfig",
     "cache_tokens.py": "CacheConfig",
     "convert_official.py": "ConvertConfig",
     "export_checkpoint.py": "ExportConfig",
@@ -73,7 +74,7 @@ def test_no_number_of_gpus_is_assumed():
     assert not [path for path, text in texts.items() if re.search(r"nproc_per_node=\d|nnodes=\d|\b(8|eight) (GPU|A100)", text)]
 
 
-@pytest.mark.parametrize(("page", "count"), [("training", 3), ("evaluation", 6)])
+@pytest.mark.parametrize(("page", "count"), [("training", 5), ("evaluation", 6)])
 def test_the_commands_of_the_pages_parse(page, count):
     text = (ROOT / "docs" / f"{page}.md").read_text()
     blocks = "\n".join(re.findall(r"^ *```bash\n(.*?)```", text, flags=re.S | re.M))
