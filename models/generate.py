@@ -230,9 +230,7 @@ def decode_sampled(tokenizer: VQVAE, sampled: SampledScales) -> Tensor:
 def check_finite(sampled: SampledScales) -> None:
     """ValueError where the transformer gave no numbers; waits for the device."""
     if not sampled.finite:
-        raise ValueError(
-            "the transformer's logits are not finite: its weights are damaged, or its precision is too low"
-        )
+        raise ValueError("the transformer's logits are not finite: its weights are damaged, or its precision is too low")
 
 
 def generate(

@@ -23,9 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from models.pyramid import STANDARD_SIDES
+from models.pyramid import STANDARD_SIDES, Pyramid
 from models.ssm import StateSpace
 from models.transformer import FAMILIES, ScaleTransformer, TransformerConfig, family_config, recompute_blocks_
+from scripts.benchmarks import sampling
 from utils import cli, evidence, token_cache
 from utils.cli import argument, flag
 
@@ -33,23 +34,34 @@ PIXELS, NUM_CLASSES = 256, 1000
 IMAGENET_IMAGES = 1_281_167
 STATE_BYTES = 4 + 4 + 8 + 4  # per parameter, float32: weight, gradient, two moments of AdamW, average
 BATCHES_PER_REPEAT = 20
+# What a command takes where a flag is not given, and what all others take.
+COMMON = {"family": "mvar,var,markov", "depth": "12", "batch": 1, "pn": "256"}
+DEFAULTS: dict[str, dict] = {
+    "tokens": {"batch": 768},
+    "memory": {"depth": "12,16,20,24,30,32"},
+    "sampling": {"batch": 4},
+}
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
     """Arguments of scripts/benchmark.py."""
 
-    command: str = argument("what is measured", choices=("tokens", "memory"))
-    family: str = flag("mvar,var,markov", f"memory: kinds of transformer, comma-separated, of {', '.join(FAMILIES)}")
-    depth: str = flag("12,16,20,24,30,32", "memory: depths, comma-separated")
+    command: str = argument("what is measured", choices=tuple(DEFAULTS))
+    family: str | None = flag(None, f"memory, sampling: kinds of transformer, comma-separated, of {', '.join(FAMILIES)}")
+    depth: str | None = flag(None, "memory, sampling: depths, comma-separated")
+    pn: str | None = flag(None, "sampling: pyramids, as in train.py, comma-separated", "--pixels")
     real: bool = flag(False, "memory: compute on this machine, which takes the memory and the time, instead of imitating a GPU")
-    batch: int = flag(768, "tokens: images per batch")
+    batch: int | None = flag(None, "tokens, sampling: images per batch")
     rows: int = flag(1 << 17, "tokens: images in the cache that is made for it")
-    repeats: int = flag(7, f"tokens: the median of so many measurements of {BATCHES_PER_REPEAT} batches")
+    repeats: int = flag(7, f"the median of so many measurements, tokens: of {BATCHES_PER_REPEAT} batches")
     json: str = flag("", "file to store the figures in, with command, machine, versions and commit")
     overwrite: bool = flag(False, "replace what is at --json")
 
     def __post_init__(self):
+        for name, value in (COMMON | DEFAULTS[self.command]).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         unknown = sorted(set(self.families) - set(FAMILIES))
         if unknown:
             raise ValueError(f"--family={self.family}: no {', '.join(unknown)}: give some of {','.join(FAMILIES)}")
@@ -66,6 +78,10 @@ class BenchmarkConfig:
     @property
     def depths(self) -> list[int]:
         return [int(depth) for depth in self.depth.split(",")]
+
+    @property
+    def pyramids(self) -> list[Pyramid]:
+        return [Pyramid.parse(text) for text in self.pn.split(",")]
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------------
@@ -277,7 +293,11 @@ class FusedAttention(TorchFunctionMode):
 
 # --- common -------------------------------------------------------------------------------------------------------------
 
-COMMANDS: dict[str, Callable[[BenchmarkConfig], list[dict]]] = {"tokens": tokens, "memory": memory}
+COMMANDS: dict[str, Callable[[BenchmarkConfig], list[dict]]] = {
+    "tokens": tokens,
+    "memory": memory,
+    "sampling": sampling.sampling,
+}
 
 
 def gigabytes(count: float) -> str:
@@ -301,6 +321,8 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
     "recomputed_bytes": ("recomputed", gigabytes),
     "computed_again_bytes": ("computed again", gigabytes),
     "inside_mamba_bytes": ("inside Mamba", gigabytes),
+    "tokens": ("tokens", str),
+    **sampling.COLUMNS,
 }
 
 
