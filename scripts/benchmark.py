@@ -27,7 +27,7 @@ from models.pyramid import STANDARD_SIDES, Pyramid
 from models.scan_backends import SCAN_BACKENDS
 from models.ssm import StateSpace
 from models.transformer import FAMILIES, ScaleTransformer, TransformerConfig, family_config, recompute_blocks_
-from scripts.benchmarks import attention, length, scan, training
+from scripts.benchmarks import attention, length, sampling, scan, table, training
 from utils import cli, evidence, token_cache
 from utils.cli import argument, flag
 
@@ -40,10 +40,16 @@ COMMON = {"family": "mvar,var,markov", "depth": "12", "batch": 1, "pn": "256"}
 DEFAULTS: dict[str, dict] = {
     "tokens": {"batch": 768},
     "memory": {"depth": "12,16,20,24,30,32"},
+    "sampling": {"batch": 4},
+    "training": {"batch": 16},
+    "scan": {"depth": "12,16,24", "batch": 8, "pn": "256,512"},
     "attention": {},
     "length": {},
-    "scan": {"depth": "12,16,24", "batch": 8, "pn": "256,512"},
-    "training": {"batch": 16},
+    "table": {
+        "family": ",".join(("var", *(family for family in FAMILIES if family != "var"))),
+        "depth": "16,20,24",
+        "batch": 32,
+    },
 }
 
 
@@ -52,16 +58,16 @@ class BenchmarkConfig:
     """Arguments of scripts/benchmark.py."""
 
     command: str = argument("what is measured", choices=tuple(DEFAULTS))
-    family: str | None = flag(None, f"memory, training: kinds of transformer, comma-separated, of {', '.join(FAMILIES)}")
-    depth: str | None = flag(None, "memory, scan, training: depths, comma-separated")
-    pn: str | None = flag(None, "scan, training: pyramids, as in train.py, comma-separated; training: one")
+    family: str | None = flag(None, f"memory, sampling, training, table: kinds of transformer, of {', '.join(FAMILIES)}")
+    depth: str | None = flag(None, "memory, sampling, training, scan, table: depths, comma-separated")
+    pn: str | None = flag(None, "sampling, training, scan, table: pyramids, as in train.py, comma-separated", "--pixels")
     tfast: str = flag("0,3", "training: modes of compilation, as in train.py, comma-separated")
     precision: str = flag("", "training; empty: bfloat16 on GPUs, else float32", choices=("", "float32", "float16", "bfloat16"))
     scan_backend: str = flag("auto", "training: as in train.py", choices=SCAN_BACKENDS)
     real: bool = flag(False, "memory: compute on this machine, which takes the memory and the time, instead of imitating a GPU")
     sides: str = flag("13,16,18,24,32,48,64", "attention: sides of maps, comma-separated")
     heads: str = flag("4,12", "attention: numbers of heads, comma-separated")
-    batch: int | None = flag(None, "tokens, attention, length, scan, training: images per batch")
+    batch: int | None = flag(None, "images per batch")
     rows: int = flag(1 << 17, "tokens: images in the cache that is made for it")
     repeats: int = flag(7, f"the median of so many measurements, tokens: of {BATCHES_PER_REPEAT} batches")
     json: str = flag("", "file to store the figures in, with command, machine, versions and commit")
@@ -84,8 +90,8 @@ class BenchmarkConfig:
                 raise ValueError(f"--{name}={getattr(self, name)}: give at least 1")
         if not set(self.tfast.split(",")) <= set("0123"):
             raise ValueError(f"--tfast={self.tfast}: give some of 0,1,2,3")
-        if self.command == "training" and len(self.pyramids) > 1:
-            raise ValueError(f"--pn={self.pn}: training takes one pyramid")
+        if self.command in ("training", "table") and len(self.pyramids) > 1:
+            raise ValueError(f"--pn={self.pn}: {self.command} takes one pyramid")
 
     @property
     def families(self) -> list[str]:
@@ -315,10 +321,12 @@ class FusedAttention(TorchFunctionMode):
 COMMANDS: dict[str, Callable[[BenchmarkConfig], list[dict]]] = {
     "tokens": tokens,
     "memory": memory,
+    "sampling": sampling.sampling,
+    "training": training.training,
+    "scan": scan.scan,
     "attention": attention.attention,
     "length": length.length,
-    "scan": scan.scan,
-    "training": training.training,
+    "table": table.table,
 }
 PLOTS: dict[str, Callable[[Path, list[dict]], None]] = {"length": length.draw}  # beside --json, as .png
 
@@ -344,10 +352,12 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
     "recomputed_bytes": ("recomputed", gigabytes),
     "computed_again_bytes": ("computed again", gigabytes),
     "inside_mamba_bytes": ("inside Mamba", gigabytes),
+    **sampling.COLUMNS,
+    **training.COLUMNS,
+    **scan.COLUMNS,
     **attention.COLUMNS,
     **length.COLUMNS,
-    **scan.COLUMNS,
-    **training.COLUMNS,
+    **table.COLUMNS,
 }
 
 

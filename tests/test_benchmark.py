@@ -6,7 +6,7 @@ import torch
 from commands import run_in_process, script
 from small_models import small_transformer
 
-from models.pyramid import STANDARD_SIDES
+from models.pyramid import STANDARD_SIDES, Pyramid
 from models.transformer import family_config
 
 benchmark = script("benchmark")
@@ -206,6 +206,30 @@ def test_peak_memory_is_the_most_held_at_once():
         second + 1
 
     assert benchmark.length.cpu_peak_bytes(hold_two_of_three) == pytest.approx(2 * 8000, abs=500)
+
+
+def test_published_counts_and_states_of_the_table_come_out():
+    table = benchmark.table
+    for (family, depth), published in table.PUBLISHED.items():
+        row = table.counted(family, depth, Pyramid.standard(10), published)
+        assert row["attention_gflops"] == pytest.approx(published.attention_gflops, abs=0.005)
+        assert row["state_mib"] == published.state_mib
+    alone = family_config("mvar", 16, STANDARD_SIDES[256], 1000)
+    assert table.attention_gflops(alone) == pytest.approx(37.85, abs=0.005)  # inside the scale, no windows
+
+
+def test_the_table_has_ours_beside_the_published(measure, tmp_path):
+    out = tmp_path / "table.json"
+    words = ["--family=var,markov-mamba", "--depth=1", "--pn=1_2", "--batch=2", "--repeats=1", f"--json={out}"]
+    code, shown, errors = measure("table", *words)
+    assert code == 0, errors
+    assert shown.startswith("# Efficiency\n")
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["family"] for row in rows] == ["var", "markov-mamba"]
+    assert all(row["sampling_seconds"] > 0 and row["training_seconds"] > 0 and row["published_seconds"] is None for row in rows)
+    # keys and values of 5 tokens; the last 3 inputs of the convolution and a state of 64 numbers per channel
+    assert rows[0]["state_mib"] == pytest.approx(64 * 2 * 5 * 64 * 4 / 2**20)
+    assert rows[1]["state_mib"] == pytest.approx(64 * (3 * 256 + 128 * 64) * 4 / 2**20)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,246 @@
+"""The `sampling` command of scripts/benchmark.py: ours beside the released way."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.captured import CapturedSampler
+from models.generate import DECODER_TYPE, SampledScales, SamplingConfig, decode_sampled, exponential_noise, sample_scales
+from models.layers import Modulation, modulate
+from models.pyramid import Pyramid
+from models.ssm import Mamba2
+from models.tokenizer import VQVAE, TokenizerConfig
+from models.transformer import ScaleTransformer, build_transformer
+from scripts.benchmarks.released import BlockCache, ReleasedSampler, decode
+from scripts.benchmarks.timing import Measured, measure
+
+if TYPE_CHECKING:
+    from scripts.benchmark import BenchmarkConfig
+
+SEED = 0
+TOLERANCE = 1e-4  # of images in [0, 1] and of Mamba's outputs
+HOW = SamplingConfig()  # the published one
+
+
+def optional(form: Callable) -> Callable:
+    return lambda value: "–" if value is None else form(value)
+
+
+COLUMNS: dict[str, tuple[str, Callable]] = {
+    "part": ("part", str),
+    "released_seconds": ("released way", "{:.3f} s".format),
+    "released_spread": ("spread", "{:.0%}".format),
+    "ours_seconds": ("ours", "{:.3f} s".format),
+    "ours_spread": ("spread of ours", "{:.0%}".format),
+    "ratio": ("times faster", "{:.2f}".format),
+    "sampled_per_second": ("ours, images per second", "{:.3g}".format),
+    "graph_seconds": ("ours as a CUDA graph", optional("{:.3f} s".format)),
+    "released_state_bytes": ("state, released way", optional(lambda count: f"{count / 1e6:.1f} MB")),
+    "ours_state_bytes": ("state, ours", optional(lambda count: f"{count / 1e6:.1f} MB")),
+    "released_peak_bytes": ("memory, released way", optional(lambda count: f"{count / 1e9:#.3g} GB")),
+    "ours_peak_bytes": ("memory, ours", optional(lambda count: f"{count / 1e9:#.3g} GB")),
+    "psnr": ("PSNR of the half-precision decoder", optional("{:.1f} dB".format)),
+}
+
+
+def sampling(config: "BenchmarkConfig") -> list[dict]:
+    """Sampling
+
+    Images with guidance 1.5, top-k 900 and top-p 0.96, by our code and by the way of the released samplers, written in plain
+    code over the same weights: `scripts/benchmarks/released.py`. Weights are random, the decoder is the released one's. Before
+    anything is timed, both give the same tokens from the same random numbers, and the same images.
+
+    - *Transformer*: everything but the decoder: all blocks at all scales, guidance, filtering, drawing, sums of codes.
+    - *Mamba*: its sub-layers in all blocks alone, with norm and modulation, at all scales: from the carried state, or over all
+      tokens so far.
+    - *Decoder*: sums of codes to pixels; on a GPU ours is in half precision, and the PSNR is that of its images against those
+      of float32 (on a CPU, where ours is in float32 too, the PSNR is that of bfloat16).
+    - *Whole image*: from label to pixels, of the batch and of a single image, which is the latency.
+
+    *State* is what is carried from scale to scale at most. *Memory* is what a GPU needs beyond the weights. Medians of repeats
+    in which both ways take turns; the spread is the largest less the smallest over the median. On a CPU all its threads are
+    used, OMP_NUM_THREADS of them where it is set; their number is in the file.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for depth, family, pyramid in tqdm(list(itertools.product(config.depths, config.families, config.pyramids)), disable=None):
+        models = random_models(family, depth, pyramid, device)
+        for row in compare(*models, config.batch, config.repeats):
+            rows.append({"model": f"d{depth}", "family": family, "tokens": pyramid.num_tokens} | row)
+    return rows
+
+
+def random_models(family: str, depth: int, pyramid: Pyramid, device: torch.device) -> tuple[ScaleTransformer, VQVAE]:
+    """With weights so large that every part shows in the tokens."""
+    torch.manual_seed(SEED)
+    transformer = build_transformer(family, depth, sides=pyramid.sides)
+    transformer.init_weights(gamma=0.5, head=1.0)
+    tokenizer = VQVAE(TokenizerConfig(sides=pyramid.sides))
+    tokenizer.init_weights()
+    return tuple(model.eval().requires_grad_(False).to(device) for model in (transformer, tokenizer))
+
+
+class Ways:
+    """Every part of sampling a batch in both ways, as calls to be timed."""
+
+    def __init__(self, transformer: ScaleTransformer, tokenizer: VQVAE, batch: int):
+        self.transformer, self.tokenizer, self.batch = transformer, tokenizer, batch
+        self.device = transformer.head.weight.device
+        self.labels = torch.arange(batch, device=self.device) % transformer.config.num_classes
+        self.released_sampler = ReleasedSampler(transformer, tokenizer, HOW)
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(SEED)
+
+    def ours(self) -> SampledScales:
+        noise = functools.partial(exponential_noise, generator=self.generator())
+        return sample_scales(self.transformer, self.tokenizer, self.labels, HOW, noise)
+
+    def released(self) -> tuple[list[Tensor], Tensor]:
+        return self.released_sampler(self.labels, self.generator())
+
+    def ours_whole(self) -> Tensor:
+        return decode_sampled(self.tokenizer, self.ours())
+
+    def released_whole(self) -> Tensor:
+        return decode(self.tokenizer, self.released()[1])
+
+    def captured(self) -> Callable[[], SampledScales]:
+        sampler = CapturedSampler(self.transformer, self.tokenizer, HOW, self.batch)
+        return lambda: sampler(self.labels, self.generator())
+
+
+class MambaWays:
+    """The Mamba sub-layers of all blocks at all scales in both ways, on random inputs."""
+
+    def __init__(self, transformer: ScaleTransformer, rows: int):
+        self.pyramid = transformer.pyramid
+        device = transformer.head.weight.device
+        generator = torch.Generator(device).manual_seed(SEED)
+        conditioning = transformer.condition(torch.arange(rows, device=device) % transformer.config.num_classes)
+        self.parts: list[tuple[Mamba2, Modulation]] = [
+            (block.mixers[1], modulation)
+            for block, modulation in zip(transformer.blocks, conditioning.blocks, strict=True)
+            if len(block.mixers) > 1
+        ]
+        size = (rows, self.pyramid.num_tokens, transformer.config.width)
+        self.inputs = self.pyramid.split(torch.randn(size, device=device, generator=generator))  # K x (rows, l, C)
+
+    @torch.no_grad()
+    def ours(self) -> list[Tensor]:
+        """K x (rows, l, C): what the last block adds."""
+        for mixer, modulation in self.parts:
+            gamma, scale, shift = (part[:, 1] for part in modulation)
+            state, outputs = mixer.init_state(len(gamma)), []
+            for k, x in enumerate(self.inputs):
+                y, state = mixer(modulate(x, scale, shift), range(k, k + 1), state)
+                outputs.append(y * gamma)
+        return outputs
+
+    @torch.no_grad()
+    def released(self) -> list[Tensor]:
+        for mixer, modulation in self.parts:
+            gamma, scale, shift = (part[:, 1] for part in modulation)
+            cache = BlockCache()
+            outputs = [cache.mamba(mixer, x, gamma, scale, shift) for x in self.inputs]
+        return outputs
+
+
+def compare(transformer: ScaleTransformer, tokenizer: VQVAE, batch: int, repeats: int) -> list[dict]:
+    """A row for every part. ValueError where the ways differ."""
+    ways, alone = Ways(transformer, tokenizer, batch), Ways(transformer, tokenizer, 1)
+    f_hat, half_psnr = check_equal(ways)
+    sampled = SampledScales([], [f_hat], torch.tensor(True))
+    calls: dict[tuple[str, int, str], Callable[[], object]] = {
+        ("transformer", batch, "released"): ways.released,
+        ("transformer", batch, "ours"): ways.ours,
+        ("decoder", batch, "released"): lambda: decode(tokenizer, f_hat),
+        ("decoder", batch, "ours"): lambda: decode_sampled(tokenizer, sampled),
+        ("whole image", batch, "released"): ways.released_whole,
+        ("whole image", batch, "ours"): ways.ours_whole,
+        ("whole image", 1, "released"): alone.released_whole,
+        ("whole image", 1, "ours"): alone.ours_whole,
+    }
+    mamba = MambaWays(transformer, 2 * batch)
+    if mamba.parts:
+        check_near("Mamba's outputs", torch.cat(mamba.ours(), dim=1), torch.cat(mamba.released(), dim=1))
+        calls |= {("Mamba", batch, "released"): mamba.released, ("Mamba", batch, "ours"): mamba.ours}
+    if ways.device.type == "cuda":
+        calls["transformer", batch, "graph"] = ways.captured()
+    measured = measure(calls, repeats, ways.device)
+    rows = []
+    for part, size, way in calls:
+        if way == "ours":
+            released, ours, graph = (measured.get((part, size, other)) for other in ("released", "ours", "graph"))
+            rows.append({"part": part, "batch": size} | figures(size, released, ours, graph) | states(part, ways, half_psnr))
+    return rows
+
+
+def figures(batch: int, released: Measured, ours: Measured, graph: Measured | None) -> dict:
+    return {
+        "released_seconds": released.seconds,
+        "released_spread": released.spread,
+        "ours_seconds": ours.seconds,
+        "ours_spread": ours.spread,
+        "ratio": released.seconds / ours.seconds,
+        "sampled_per_second": batch / ours.seconds,
+        "graph_seconds": graph and graph.seconds,
+        "released_peak_bytes": released.peak_bytes,
+        "ours_peak_bytes": ours.peak_bytes,
+    }
+
+
+def states(part: str, ways: Ways, half_psnr: float) -> dict:
+    """What belongs to one part only."""
+    is_transformer = part == "transformer"
+    return {
+        "released_state_bytes": released_state_bytes(ways.transformer, 2 * ways.batch) if is_transformer else None,
+        "ours_state_bytes": state_bytes(ways.transformer, 2 * ways.batch) if is_transformer else None,
+        "psnr": half_psnr if part == "decoder" else None,
+    }
+
+
+def state_bytes(transformer: ScaleTransformer, rows: int) -> int:
+    """Of the state after the first scale: it grows no more, keys and values have room for all scales then."""
+    conditioning = transformer.condition(torch.zeros(rows, dtype=torch.long, device=transformer.head.weight.device))
+    inputs = conditioning.start.new_zeros(rows, 0, transformer.config.code_dim)
+    with torch.no_grad():
+        _, states = transformer.advance(inputs, range(1), conditioning, transformer.init_state(rows))
+    return sum(part.nbytes for block in states for state in block for part in state)
+
+
+def released_state_bytes(transformer: ScaleTransformer, rows: int) -> int:
+    """Of keys and values, and of Mamba's inputs, of all tokens."""
+    vectors = [2 * int(block.mixers[0].history) + len(block.mixers) - 1 for block in transformer.blocks]
+    return sum(vectors) * rows * transformer.pyramid.num_tokens * transformer.config.width * 4
+
+
+def check_equal(ways: Ways) -> tuple[Tensor, float]:
+    """The sum of codes that both ways give, and the PSNR of the half-precision decoder on it. ValueError where they differ."""
+    indices, f_hat = ways.released()
+    ours = ways.ours()
+    share = (torch.cat(ours.indices, dim=1) == torch.cat(indices, dim=1)).float().mean().item()
+    if share < 1:
+        raise ValueError(f"the two ways of sampling agree in {share:.2%} of the tokens: one of them is wrong")
+    check_near("sums of codes", ours.sums[-1], f_hat)
+    expected = decode(ways.tokenizer, f_hat)
+    check_near("images", (ways.tokenizer.decode_features(f_hat) + 1) / 2, expected)
+    half = DECODER_TYPE["cuda"] if ways.device.type == "cuda" else torch.bfloat16
+    return f_hat, psnr((ways.tokenizer.decode_features(f_hat, half) + 1) / 2, expected)
+
+
+def check_near(what: str, ours: Tensor, released: Tensor) -> None:
+    difference = (ours - released).abs().max().item()
+    if not difference <= TOLERANCE:
+        raise ValueError(f"{what} of the two ways differ by {difference:.1e}: one of them is wrong")
+
+
+def psnr(images: Tensor, reference: Tensor) -> float:
+    """Decibels, for images in [0, 1]."""
+    return -10 * math.log10(max((images - reference).square().mean().item(), 1e-20))

@@ -1,0 +1,168 @@
+"""The `table` command of scripts/benchmark.py: the efficiency table of MVAR (arXiv 2505.12742), published and ours."""
+
+import gc
+import itertools
+import os
+import tempfile
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
+
+from models.pyramid import Pyramid
+from models.transformer import ScaleTransformer, TransformerConfig, family_config
+from scripts.benchmarks.sampling import Ways, random_models, state_bytes
+from scripts.benchmarks.timing import measure
+from scripts.benchmarks.training import NUM_CLASSES, training_row
+from utils.flops import training_flops
+
+if TYPE_CHECKING:
+    from scripts.benchmark import BenchmarkConfig
+
+STATE_ROWS = 2 * 32  # the published states are of 32 images with guidance, in float32
+TRAINING_BYTES = 4 + 4 + 8 + 4  # per parameter: weight, gradient, two moments of AdamW, average
+
+
+class Published(NamedTuple):
+    """What MVAR's slides say of a transformer, on an RTX 4090, batch 32."""
+
+    seconds: float  # of sampling
+    attention_gflops: float
+    state_mib: int  # keys and values
+    memory_mb: int  # of sampling
+    training_seconds: float | None  # per step
+
+
+PUBLISHED = {
+    ("var", 16): Published(0.34, 43.61, 5440, 10882, 0.99),
+    ("markov", 16): Published(0.27, 35.44, 0, 3846, 0.61),
+    ("var", 20): Published(0.52, 81.52, 8500, 16244, 1.35),
+    ("markov", 20): Published(0.45, 68.75, 0, 5432, 0.79),
+    ("var", 24): Published(0.81, 136.63, 12240, 23056, None),
+    ("markov", 24): Published(0.71, 118.25, 0, 7216, None),
+}
+
+
+def beside(form: Callable) -> Callable:
+    """A value, or a dash for what was not measured or published."""
+    return lambda value: "–" if value is None else form(value)
+
+
+COLUMNS: dict[str, tuple[str, Callable]] = {
+    "sampling_seconds": ("sampling", beside("{:.3g} s".format)),
+    "sampling_spread": ("spread", beside("{:.0%}".format)),
+    "published_seconds": ("published", beside("{:.2f} s".format)),
+    "attention_gflops": ("attention, GFLOPs as published", "{:.2f}".format),
+    "published_attention_gflops": ("published", beside("{:.2f}".format)),
+    "model_gflops": ("whole model, counted so", "{:.1f}".format),
+    "state_mib": ("state", "{:.0f} MiB".format),
+    "published_state_mib": ("published", beside("{} MiB".format)),
+    "sampling_peak_bytes": ("memory, sampling", beside(lambda count: f"{count / 1e6:,.0f} MB")),
+    "published_memory_mb": ("published", beside("{:,} MB".format)),
+    "training_batch": ("training batch", beside(str)),
+    "training_seconds": ("training step", beside("{:.3g} s".format)),
+    "published_training_seconds": ("published", beside("{:.2f} s".format)),
+    "training_peak_bytes": ("memory, training", beside(lambda count: f"{count / 1e9:#.3g} GB")),
+}
+
+
+def table(config: "BenchmarkConfig") -> list[dict]:
+    """Efficiency
+
+    The figures by which MVAR compares itself with VAR, for all kinds of transformer, on this device. The published ones are of
+    an RTX 4090 with batch 32 and say nothing about this device; they stand beside ours for their ratios.
+
+    - *Sampling*: whole images, guidance and decoder included, of one batch; the median of repeats, its spread the largest less
+      the smallest over the median.
+    - *Attention, GFLOPs as published*: multiply-adds of the projections to queries, keys and values and of the two products
+      with scores that are seen, in all blocks, of one image; nothing else of a block, and of M-VAR no Mamba. *Whole model*
+      counts the multiply-adds of all matrix products in the same way.
+    - *State*: what is carried from scale to scale, of 32 images with guidance in float32.
+    - *Memory, sampling*: what a GPU needs beyond the weights. *Training*: a step of the trainer from cached tokens, not
+      compiled, and all the memory of it; left out where the weights and what belongs to them do not fit.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pyramid = config.pyramids[0]
+    rows = []
+    for depth, family in tqdm(list(itertools.product(config.depths, config.families)), disable=None):
+        published = PUBLISHED.get((family, depth)) if pyramid == Pyramid.standard(10) else None
+        row = {"model": f"d{depth}", "family": family, "batch": config.batch}
+        row |= sampled(config, device, depth, family, published) | counted(family, depth, pyramid, published)
+        rows.append(row | trained(config, device, depth, family, published))
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    order = ("model", "family", "batch", *COLUMNS)
+    return [{name: row[name] for name in order} for row in rows]
+
+
+def sampled(config: "BenchmarkConfig", device: torch.device, depth: int, family: str, published: Published | None) -> dict:
+    ways = Ways(*random_models(family, depth, config.pyramids[0], device), config.batch)
+    result = measure({"whole": ways.ours_whole}, config.repeats, device)["whole"]
+    return {
+        "sampling_seconds": result.seconds,
+        "sampling_spread": result.spread,
+        "sampling_peak_bytes": result.peak_bytes,
+        "published_seconds": published and published.seconds,
+        "published_memory_mb": published and published.memory_mb,
+    }
+
+
+def counted(family: str, depth: int, pyramid: Pyramid, published: Published | None) -> dict:
+    """What needs no device."""
+    model = family_config(family, depth, pyramid.sides, NUM_CLASSES)
+    with FakeTensorMode(), torch.no_grad():
+        state = state_bytes(ScaleTransformer(model), STATE_ROWS)
+    return {
+        "attention_gflops": attention_gflops(model),
+        "published_attention_gflops": published and published.attention_gflops,
+        "model_gflops": training_flops(model) / 3 / 2 / 1e9,
+        "state_mib": state / 2**20,
+        "published_state_mib": published and published.state_mib,
+    }
+
+
+def attention_gflops(config: TransformerConfig) -> float:
+    """Multiply-adds, in 10^9, of one image in all blocks: x to queries, keys and values, and both products with seen scores."""
+    pyramid, width = config.pyramid, config.width
+    total = 0
+    for kind in config.blocks:
+        projections = 3 * pyramid.num_tokens * width**2
+        total += projections + 2 * width * sum(seen_scores(config, kind, k) for k in pyramid.scales)
+    return total / 1e9
+
+
+def seen_scores(config: TransformerConfig, kind: str, k: int) -> int:
+    """Pairs of a query of scale k and a key that it sees in a block of this kind."""
+    length, (height, width) = config.pyramid.lengths[k], config.pyramid.shapes[k]
+    if kind == "var":
+        return length * config.pyramid.offsets[k + 1]
+    if k in config.windowed_scales(kind):
+        return length * min(config.window, height) * min(config.window, width)
+    return length**2
+
+
+def trained(config: "BenchmarkConfig", device: torch.device, depth: int, family: str, published: Published | None) -> dict:
+    """A training step, where there is room for one."""
+    model = family_config(family, depth, config.pyramids[0].sides, NUM_CLASSES)
+    with FakeTensorMode():
+        parameters = sum(parameter.numel() for parameter in ScaleTransformer(model).parameters())
+    step = None
+    if 1.2 * TRAINING_BYTES * parameters < available_bytes(device):
+        with tempfile.TemporaryDirectory() as run:
+            step = training_row(config, device, run, depth, family, tfast=0)
+    return {
+        "training_batch": step and step["batch"],
+        "training_seconds": step and step["step_seconds"],
+        "published_training_seconds": published and published.training_seconds,
+        "training_peak_bytes": step and step["peak_bytes"],
+    }
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory of the device that nothing uses."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
