@@ -212,7 +212,9 @@ def test_published_counts_and_states_of_the_table_come_out():
     table = benchmark.table
     for (family, depth), published in table.PUBLISHED.items():
         row = table.counted(family, depth, Pyramid.standard(10), published)
-        assert row["attention_gflops"] == pytest.approx(published.attention_gflops, abs=0.005)
+        # one published figure, 81.52, is not the sum that gives the other five: that is 81.512
+        rounding = 0.01 if (family, depth) == ("var", 20) else 0.005
+        assert row["attention_gflops"] == pytest.approx(published.attention_gflops, abs=rounding)
         assert row["state_mib"] == published.state_mib
     alone = family_config("mvar", 16, STANDARD_SIDES[256], 1000)
     assert table.attention_gflops(alone) == pytest.approx(37.85, abs=0.005)  # inside the scale, no windows
