@@ -117,6 +117,37 @@ def test_state_holds_all_keys_only_with_history(x):
     assert state.keys.shape[2] == 0
 
 
+def test_keys_and_values_get_their_memory_once(x):
+    attention = random_attention(history=True)
+    state, places = attention.init_state(2), set()
+    for k in PYRAMID.scales:
+        _, state = attention(x[:, PYRAMID.tokens(range(k, k + 1))], range(k, k + 1), state)
+        places.add((state.keys.data_ptr(), state.values.data_ptr()))
+        assert state.keys.shape == (2, 2, PYRAMID.num_tokens, 16)
+    assert len(places) == 1
+
+
+def test_a_pass_without_state_is_continued_like_one_with_state(x):
+    """Its keys and values are as long as itself, as in training; they are moved to longer memory then."""
+    attention = random_attention(history=True)
+    whole, _ = attention(x, PYRAMID.scales)
+    _, state = attention(x[:, PYRAMID.tokens(range(3))], range(3))
+    assert state.keys.shape[2] == PYRAMID.offsets[3]
+    rest, state = attention(x[:, PYRAMID.offsets[3] :], range(3, 6), state)
+    torch.testing.assert_close(rest, whole[:, PYRAMID.offsets[3] :])
+    assert state.keys.shape[2] == PYRAMID.num_tokens
+
+
+def test_the_last_scales_may_be_computed_again_from_the_same_state(x):
+    """What stands behind a state's own scales in its memory is never read."""
+    attention = random_attention(history=True)
+    _, state = attention(x[:, PYRAMID.tokens(range(3))], range(3), attention.init_state(2))
+    expected, _ = attention(x[:, PYRAMID.tokens(range(3, 4))], range(3, 4), state)
+    attention(torch.randn_like(x[:, PYRAMID.offsets[3] :]), range(3, 6), state)
+    again, _ = attention(x[:, PYRAMID.tokens(range(3, 4))], range(3, 4), state)
+    assert torch.equal(again, expected)
+
+
 @pytest.mark.parametrize(("height", "width", "window"), [(13, 13, 7), (16, 16, 7), (9, 12, 3), (7, 7, 7)])
 def test_every_query_sees_exactly_the_window(height, width, window):
     mask = window_mask(height, width, window)

@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,46 @@ def test_an_unfinished_dump_of_other_settings_is_refused(checkpoint, tmp_path, c
     assert code == 1
     assert "an unfinished dump with cfg 1.5 is there, this command has 3.0" in errors
     assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "s.npz"))[0] == 0
+
+
+def test_a_full_disk_ends_a_dump_with_one_line(checkpoint, tmp_path, command, monkeypatch):
+    """While images are written by a thread; what was written stays, and the same command goes on."""
+    usual = sample.Dump.write
+
+    def fail_at_3(dump, group, images):
+        if group == 3:
+            raise OSError("No space left on device")
+        usual(dump, group, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample.Dump, "write", fail_at_3)
+        code, _, errors = command("--ckpt", checkpoint, *dump_flags(tmp_path / "s.npz"))
+    assert code == 1
+    assert "error: No space left on device" in errors
+    assert errors.count("error") == 1
+    written = [path.name for path in (tmp_path / ".s.npz.parts").glob("[0-9]*.npy")]
+    assert {"000000.npy", "000001.npy", "000002.npy"} <= set(written)
+    assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "s.npz"))[0] == 0
+
+
+def test_groups_are_sampled_while_one_is_written(checkpoint, tmp_path, command, monkeypatch):
+    usual_write, usual_sample, sampled, seen = sample.Dump.write, sample.sample_scales, [], []
+
+    def write(dump, group, images):
+        deadline = time.monotonic() + 20
+        while len(sampled) < 2 and time.monotonic() < deadline:  # the second one comes while the first is written
+            time.sleep(0.01)
+        seen.append(len(sampled))
+        usual_write(dump, group, images)
+
+    def record(*arguments):
+        sampled.append(1)
+        return usual_sample(*arguments)
+
+    monkeypatch.setattr(sample.Dump, "write", write)
+    monkeypatch.setattr(sample, "sample_scales", record)
+    assert command("--ckpt", checkpoint, "--out", tmp_path / "s.npz", "--format=npz", "--num=40")[0] == 0
+    assert seen[0] >= 2
 
 
 def test_png_files_are_numbered_and_named_by_class(checkpoint, tmp_path, command):
@@ -268,6 +309,11 @@ def test_an_overwritten_folder_keeps_no_older_images(checkpoint, tmp_path, comma
         (["--out=/tmp/picture"], "writes a picture: give a name that ends in .png"),
         (["--out=/tmp", "--format=npz"], "/tmp: is a directory"),
         (["--scan_backend=mamba_ssm"], "scan backend mamba_ssm"),
+        pytest.param(
+            ["--cuda_graph"],
+            "--cuda_graph: needs a CUDA GPU, there is none: leave it out",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

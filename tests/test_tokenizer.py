@@ -1,8 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_weights import IMAGES, TOKENIZERS, assert_near, every, facts, tensors, tokenizer, with_config
 from small_models import seeded, small_tokenizer
 
+from models import autoencoder
+from models import tokenizer as tokenizer_module
 from models.tokenizer import TOKENIZER_PRESETS, TokenizerConfig
 
 STRIDE = facts("tokenizer")["image_stride"]
@@ -106,6 +109,47 @@ def test_rectangular_images():
 def test_decoded_images_stay_within_their_range():
     pictures = small_tokenizer().decode_features(100 * torch.randn(1, 8, 9, 9, generator=seeded()))
     assert (pictures.min(), pictures.max()) == (-1, 1)
+
+
+def test_images_are_decoded_a_few_at_a_time(small, monkeypatch):
+    model, golden = small
+    f_hat = torch.randn(5, 8, 4, 4, generator=seeded())
+    calls = []
+    with monkeypatch.context() as patch:
+        patch.setitem(tokenizer_module.DECODED_PIXELS, "cpu", 2 * 64 * 64)
+        handle = model.decoder.register_forward_hook(lambda module, inputs, _: calls.append(len(inputs[0])))
+        pictures = model.decode_features(f_hat)
+        handle.remove()
+    assert calls == [2, 2, 1]
+    assert pictures.is_contiguous()
+    torch.testing.assert_close(pictures, model.decode_features(f_hat), atol=1e-5, rtol=0)
+    plain = model.decoder(model.after_quantizer(f_hat)).clamp(-1, 1)
+    torch.testing.assert_close(pictures, plain, atol=1e-5, rtol=0)
+
+
+def test_half_precision_decoding_is_near(small):
+    """In the type of the features, at 40 dB and more, and without a change to the model."""
+    model, golden = small
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    f_hat = torch.randn(3, 8, 4, 4, generator=seeded())
+    half, full = model.decode_features(f_hat, torch.bfloat16), model.decode_features(f_hat)
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, full)
+    assert (half - full).square().mean() < 4 * 1e-4  # of a range of 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 17), (1, 3, 40, 40), (1, 3, 4, 5)])
+def test_pixels_are_repeated_and_convolved(shape):
+    """Also where the taps that meet the same pixel are added first: values and gradients."""
+    module = autoencoder.Upsample(3).double()
+    x = torch.randn(shape, generator=seeded(), dtype=torch.float64, requires_grad=True)
+    expected = module.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    actual = module(x)
+    torch.testing.assert_close(actual, expected)
+    leaves = [x, *module.parameters()]
+    weights = torch.randn_like(expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, leaves, weights), torch.autograd.grad(expected, leaves, weights))
 
 
 def test_image_of_the_wrong_size_is_named(small):
