@@ -26,10 +26,8 @@ Generators = torch.Generator | Sequence[torch.Generator] | None  # of a batch, o
 # in a batch of another size could come out otherwise.
 GROUP_SIZE = {"cpu": 16, "cuda": 64}
 SORT_MULTIPLE = 64  # sums over so many numbers or a multiple of it are rounded as those over the vocabulary
-DECODER_TYPE = {
-    "cpu": torch.float32,
-    "cuda": torch.float16,
-}  # half precision is slower on CPUs; its PSNR: benchmark.py sampling
+# Of the decoder. Half precision is slower on CPUs; what it loses: scripts/benchmark.py sampling.
+DECODER_TYPE = {"cpu": torch.float32, "cuda": torch.float16}
 
 Noise = Callable[[Tensor], Tensor]  # exponential random numbers of the shape of its argument (B, ..., V)
 
