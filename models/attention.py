@@ -158,7 +158,8 @@ def windowed_attention(
         return y.transpose(1, 2).flatten(2)
 
     q, k, v = (x.unflatten(2, (down.size, across.size)) for x in (q, k, v))  # (B, H, h, w, D)
-    q = F.pad(q, (0, 0, across.before, across.after, down.before, down.after))
+    if down.after or across.after:  # else padding would copy
+        q = F.pad(q, (0, 0, across.before, across.after, down.before, down.after))
     q = q.unflatten(3, (across.count, across.tile)).unflatten(2, (down.count, down.tile)).transpose(3, 4)
     # One mask for all images and heads: these make the batch, tiles stand where the kernels have heads.
     q = q.reshape(batch * heads, num_tiles, -1, dim)  # (B * H, tiles, queries, D)
