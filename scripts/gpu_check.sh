@@ -34,18 +34,18 @@ if [ -n "$cpu" ]; then
     tests="tests/test_scan_backends.py -k adapters"
     steps="30 scan_d16     scripts/benchmark.py scan --depth=1 --pn=1_2,1_2_3 --batch=1 --repeats=2
            30 training_d16 scripts/benchmark.py training --depth=1 --pn=1_2_3 --batch=2 --repeats=2 --tfast=0
-           30 sampling_d16 scripts/benchmark.py sampling --depth=1 --batch=1 --repeats=1
+           30 sampling_d16 scripts/benchmark.py sampling --family=var --depth=1 --pn=1_2 --batch=1 --repeats=1
            30 training_d24 scripts/benchmark.py training --family=mvar --depth=1 --pn=1_2 --batch=2 --repeats=1 --tfast=0
-           30 sampling_d24 scripts/benchmark.py sampling --family=mvar --depth=1 --batch=1 --repeats=1
-           30 attention    scripts/benchmark.py attention --depth=1 --batch=1 --repeats=1
-           30 table        scripts/benchmark.py table --family=mvar --depth=1 --batch=1 --repeats=1"
+           30 sampling_d24 scripts/benchmark.py sampling --family=mvar --depth=1 --pn=1_2 --batch=1 --repeats=1
+           30 attention    scripts/benchmark.py attention --sides=9 --heads=1 --repeats=1
+           30 table        scripts/benchmark.py table --family=mvar --depth=1 --pn=1_2 --batch=1 --repeats=1"
 else
     tests="-m gpu $(grep -l mark.gpu tests/test_*.py)" # others may need packages that are not there
     steps="170 scan_d16     scripts/benchmark.py scan --depth=16 --batch=32
             90 training_d16 scripts/benchmark.py training --family=mvar,var --depth=16 --batch=48
-            60 sampling_d16 scripts/benchmark.py sampling --depth=16
+            60 sampling_d16 scripts/benchmark.py sampling --depth=16 --batch=64 --repeats=5
             90 training_d24 scripts/benchmark.py training --family=mvar --depth=24 --batch=16
-            60 sampling_d24 scripts/benchmark.py sampling --family=mvar --depth=24
+            60 sampling_d24 scripts/benchmark.py sampling --family=mvar --depth=24 --batch=64 --repeats=3
             40 attention    scripts/benchmark.py attention
             60 table        scripts/benchmark.py table
             90 scan_others  scripts/benchmark.py scan --depth=12,24 --batch=32"
