@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from commands import make_images, run_in_process, script
+from commands import export_some, make_images, run_in_process, script
 
 from utils.token_cache import TokenCache
 
@@ -59,6 +59,7 @@ def test_a_failing_step_ends_the_demo_with_its_name(demo, tmp_path, monkeypatch,
 def test_the_whole_demo_runs_and_writes_everything(demo, tmp_path, monkeypatch, capsys):
     """A few steps of everything; the figures are worth nothing, but all of them are there."""
     monkeypatch.setattr(demo, "NUM_SAMPLES", 80)
+    monkeypatch.setattr(demo, "export_fashion_mnist", export_some)
     words = ["--out", tmp_path, "--tokenizer_minutes=0.03", "--transformer_minutes=0.03"]
     code, output, errors = run_in_process(demo.main, words, monkeypatch, capsys)
     assert code == 0, errors
@@ -69,4 +70,4 @@ def test_the_whole_demo_runs_and_writes_everything(demo, tmp_path, monkeypatch, 
     assert f"{metrics['recognised_real']:.1%} of real held-out images" in output
     assert f"FD-EffLite0          {metrics['fd_samples']:.1f} of 80 samples" in output
     assert min(metrics["fd_samples"], metrics["fd_reconstructions"]) > metrics["fd_real"] > 1
-    assert len(TokenCache(tmp_path / "tokens", "train")) == 9000
+    assert len(TokenCache(tmp_path / "tokens", "train")) == 1800

@@ -4,11 +4,10 @@ import re
 import shlex
 
 import pytest
-from commands import ROOT, run_in_shell, script
+from commands import ROOT, export_some, run_in_shell, script
 
 from sample import SampleConfig
 from utils import cli
-from utils.data import export_fashion_mnist
 from utils.recipe import TrainConfig
 
 README = (ROOT / "README.md").read_text()
@@ -86,7 +85,7 @@ def test_the_commands_of_the_pages_parse(page, count):
 
 
 def test_the_commands_for_own_images_run(tmp_path):
-    export_fashion_mnist(tmp_path / "demo" / "images")
+    export_some(tmp_path / "demo" / "images")
     for words in commands("Train on your own images"):
         assert words[0] == "python"
         words = [re.sub("^out/", f"{tmp_path}/", word) for word in words[1:]]
