@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.attention import Tiling, window_mask, windowed_attention
+from scripts.benchmarks.formats import milliseconds
 from scripts.benchmarks.timing import measure
 
 if TYPE_CHECKING:
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
 
 WINDOW, HEAD_DIM = 7, 64
 WAYS = ("whole", "mask", "tiles")
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms"
 
 
 COLUMNS: dict[str, tuple[str, Callable]] = {

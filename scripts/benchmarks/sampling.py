@@ -17,6 +17,7 @@ from models.pyramid import Pyramid
 from models.ssm import Mamba2
 from models.tokenizer import VQVAE, TokenizerConfig
 from models.transformer import ScaleTransformer, build_transformer
+from scripts.benchmarks.formats import optional
 from scripts.benchmarks.released import BlockCache, ReleasedSampler, decode
 from scripts.benchmarks.timing import Measured, measure
 
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
 SEED = 0
 TOLERANCE = 1e-4  # of images in [0, 1] and of Mamba's outputs
 HOW = SamplingConfig()  # the published one
-
-
-def optional(form: Callable) -> Callable:
-    return lambda value: "–" if value is None else form(value)
 
 
 COLUMNS: dict[str, tuple[str, Callable]] = {

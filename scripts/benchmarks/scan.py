@@ -10,6 +10,7 @@ from tqdm import tqdm
 from models.pyramid import Pyramid
 from models.scan_backends import SCAN_BACKENDS, choose_scan_
 from models.ssm import Mamba2
+from scripts.benchmarks.formats import milliseconds
 from scripts.benchmarks.timing import Measured, measure
 
 if TYPE_CHECKING:
@@ -19,13 +20,13 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
     "tokens": ("tokens", str),
     "precision": ("precision", str),
     "backend": ("backend", str),
-    "forward_seconds": ("forward", lambda seconds: f"{1000 * seconds:.3g} ms"),
+    "forward_seconds": ("forward", milliseconds),
     "forward_spread": ("spread", "{:.0%}".format),
-    "training_seconds": ("forward and backward", lambda seconds: f"{1000 * seconds:.3g} ms"),
+    "training_seconds": ("forward and backward", milliseconds),
     "training_spread": ("spread", "{:.0%}".format),
     "training_peak_bytes": ("memory", lambda count: "not measured" if count is None else f"{count / 1e9:#.3g} GB"),
-    "scales_seconds": ("scale by scale", lambda seconds: f"{1000 * seconds:.3g} ms"),
-    "prefix_seconds": ("whole prefix at every scale", lambda seconds: f"{1000 * seconds:.3g} ms"),
+    "scales_seconds": ("scale by scale", milliseconds),
+    "prefix_seconds": ("whole prefix at every scale", milliseconds),
 }
 
 

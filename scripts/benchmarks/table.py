@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from models.pyramid import Pyramid
 from models.transformer import ScaleTransformer, TransformerConfig, family_config
+from scripts.benchmarks.formats import optional
 from scripts.benchmarks.sampling import Ways, random_models, state_bytes
 from scripts.benchmarks.timing import measure
 from scripts.benchmarks.training import NUM_CLASSES, training_row
@@ -45,26 +46,21 @@ PUBLISHED = {
 }
 
 
-def beside(form: Callable) -> Callable:
-    """A value, or a dash for what was not measured or published."""
-    return lambda value: "–" if value is None else form(value)
-
-
 COLUMNS: dict[str, tuple[str, Callable]] = {
-    "sampling_seconds": ("sampling", beside("{:.3g} s".format)),
-    "sampling_spread": ("spread", beside("{:.0%}".format)),
-    "published_seconds": ("published", beside("{:.2f} s".format)),
+    "sampling_seconds": ("sampling", optional("{:.3g} s".format)),
+    "sampling_spread": ("spread", optional("{:.0%}".format)),
+    "published_seconds": ("published", optional("{:.2f} s".format)),
     "attention_gflops": ("attention, GFLOPs as published", "{:.2f}".format),
-    "published_attention_gflops": ("published", beside("{:.2f}".format)),
+    "published_attention_gflops": ("published", optional("{:.2f}".format)),
     "model_gflops": ("whole model, counted so", "{:.1f}".format),
     "state_mib": ("state", "{:.0f} MiB".format),
-    "published_state_mib": ("published", beside("{} MiB".format)),
-    "sampling_peak_bytes": ("memory, sampling", beside(lambda count: f"{count / 1e6:,.0f} MB")),
-    "published_memory_mb": ("published", beside("{:,} MB".format)),
-    "training_batch": ("training batch", beside(str)),
-    "training_seconds": ("training step", beside("{:.3g} s".format)),
-    "published_training_seconds": ("published", beside("{:.2f} s".format)),
-    "training_peak_bytes": ("memory, training", beside(lambda count: f"{count / 1e9:#.3g} GB")),
+    "published_state_mib": ("published", optional("{} MiB".format)),
+    "sampling_peak_bytes": ("memory, sampling", optional(lambda count: f"{count / 1e6:,.0f} MB")),
+    "published_memory_mb": ("published", optional("{:,} MB".format)),
+    "training_batch": ("training batch", optional(str)),
+    "training_seconds": ("training step", optional("{:.3g} s".format)),
+    "published_training_seconds": ("published", optional("{:.2f} s".format)),
+    "training_peak_bytes": ("memory, training", optional(lambda count: f"{count / 1e9:#.3g} GB")),
 }
 
 

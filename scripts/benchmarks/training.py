@@ -17,6 +17,7 @@ from dist import Ranks
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE, TokenizerConfig
 from models.transformer import ScaleTransformer
+from scripts.benchmarks.formats import milliseconds
 from scripts.benchmarks.timing import wait
 from trainer import Trainer
 from utils.data import TrainOrder
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
 NUM_CLASSES = 1000
 COMPILED = {0: "no", 1: "reduce-overhead", 2: "max-autotune", 3: "default"}  # by --tfast
 PARTS = ("teacher_inputs", "forward", "backward", "optimizer")
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms"
 
 
 COLUMNS: dict[str, tuple[str, Callable]] = {
