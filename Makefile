@@ -15,7 +15,7 @@ demo: .venv/installed
 	$(BIN)/python scripts/demo.py
 
 soak: .venv/installed
-	$(BIN)/python scripts/soak.py --json results/soak.json
+	$(BIN)/python scripts/checks/soak.py --json results/soak.json
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

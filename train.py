@@ -3,77 +3,26 @@
 Flags are those of the released VAR and M-VAR trainers (--help explains each). The same command resumes a run that was killed.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dist import Ranks, process_group
-from fidelity import Fidelity
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
-from resume import with_seed
 from trainer import Trainer
-from utils import cli, data
+from utils import cli
 from utils.checkpoint import load_fitting_tokenizer, load_tokenizer_for
-from utils.data import Images, TrainOrder
-from utils.recipe import RELEASED_TOKENIZER, TrainConfig
-from utils.token_cache import TokenCache, check_cache, read_manifest
+from utils.data.images import check_root
+from utils.data.sources import CachedData, FolderData
+from utils.data.token_cache import read_manifest
+from utils.metrics.fidelity import Fidelity
+from utils.runs.config import RELEASED_TOKENIZER, TrainConfig
+from utils.runs.resume import with_seed
 
 HUB_TOKENIZER = f"FoundationVision/var:{RELEASED_TOKENIZER}"
-
-
-class FolderData:
-    """Images from folders, encoded by the tokenizer as they come."""
-
-    views = 1
-
-    def __init__(self, config: TrainConfig, tokenizer: VQVAE):
-        train, val = data.read_folders(config.data_path)
-        height, width = tokenizer.config.image_shape
-        if height != width:
-            raise ValueError(f"pyramid {tokenizer.pyramid}: training from folders needs square images")
-        self.class_names, self.size, self.val_size = train.class_names, len(train.paths), len(val.paths)
-        self.resize = config.mid_reso
-        self.workers = config.workers
-        self.train = Images(train, height, config.mid_reso, augment=True, flip=config.hflip, seed=config.seed)
-        self.val = Images(val, height, config.mid_reso)
-
-    def train_batches(self, order: TrainOrder, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return data.train_batches(self.train, order, first_step, last_step, self.workers)
-
-    def val_batches(self, batch: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return data.val_batches(self.val, batch, rank, world, self.workers)
-
-
-class CachedData:
-    """Tokens made beforehand by scripts/cache_tokens.py."""
-
-    def __init__(self, config: TrainConfig, tokenizer: VQVAE):
-        self.train, self.val = (TokenCache(config.token_cache, split) for split in ("train", "val"))
-        manifest = self.train.manifest
-        if config.pn and Pyramid.parse(config.pn) != manifest.pyramid:
-            raise ValueError(
-                f"--pn={config.pn}: the cache {config.token_cache} holds pyramids {manifest.pyramid}: "
-                f"give --pn={manifest.pyramid} or encode again"
-            )
-        check_cache(manifest, tokenizer, config.token_cache)
-        self.class_names, self.views, self.resize = manifest.class_names, manifest.views, manifest.resize
-        self.size, self.val_size = len(self.train) // self.views, len(self.val)
-
-    def verify(self) -> None:
-        """ValueError where a file of the cache is not what was written; reading all of it also brings it into memory."""
-        for split in (self.train, self.val):
-            split.verify()
-
-    def train_batches(self, order: TrainOrder, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.train.train_batches(order, first_step, last_step)
-
-    def val_batches(self, batch: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.val.val_batches(batch, rank, world)
 
 
 def tokenizer_source(config: TrainConfig) -> str:
@@ -85,17 +34,27 @@ def tokenizer_source(config: TrainConfig) -> str:
     return RELEASED_TOKENIZER if Path(RELEASED_TOKENIZER).exists() else HUB_TOKENIZER
 
 
+def build_data(config: TrainConfig, tokenizer: VQVAE) -> FolderData | CachedData:
+    """The images or tokens that the flags name. ValueError where they do not fit the tokenizer."""
+    if config.token_cache:
+        return CachedData(config.token_cache, tokenizer, Pyramid.parse(config.pn) if config.pn else None)
+    height, width = tokenizer.config.image_shape
+    if height != width:
+        raise ValueError(f"pyramid {tokenizer.pyramid}: training from folders needs square images")
+    return FolderData(config.data_path, height, config.mid_reso, config.hflip, config.seed, config.workers)
+
+
 def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     """Everything that the flags ask for, loaded, checked and initialised."""
     config.rank_batch(ranks.world)
     if not config.token_cache or config.val_fd:
-        data.check_root(config.data_path)
+        check_root(config.data_path)
     config = replace(with_seed(config, ranks), vae=tokenizer_source(config))
     if config.token_cache and not config.pn:
         tokenizer = load_tokenizer_for(config.vae, read_manifest(config.token_cache).pyramid)
     else:
         tokenizer = load_fitting_tokenizer(config.vae, config.pn)
-    source = CachedData(config, tokenizer) if config.token_cache else FolderData(config, tokenizer)
+    source = build_data(config, tokenizer)
     if config.token_cache and ranks.is_main:
         source.verify()
     torch.manual_seed(config.seed)

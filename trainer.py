@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,25 +25,26 @@ from PIL import Image
 from torch import Tensor
 
 from dist import Ranks, gradient_exchange, replicated, shard_, whole_outside_forward
-from fidelity import Fidelity
 from models.generate import generate
 from models.scan_backends import choose_scan_
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer, recompute_blocks_
-from resume import agreed_checkpoint, changes, check_same_model
 from utils import plots
 from utils.checkpoint import Description, load_description
-from utils.data import TrainOrder
+from utils.data.batches import TrainOrder
+from utils.data.sources import Data
+from utils.data.token_cache import check_classes, fingerprint
 from utils.files import locked, replace_text
-from utils.flops import peak_flops, training_flops
-from utils.log import RunLog
-from utils.optim import build_adamw, learning_rate_factor, progressive_stage, scale_groups, set_rates_, weight_decay
-from utils.recipe import TrainConfig
+from utils.metrics.fidelity import Fidelity
+from utils.runs.config import TrainConfig
+from utils.runs.flops import peak_flops, training_flops
+from utils.runs.log import RunLog
+from utils.runs.optim import build_adamw, learning_rate_factor, progressive_stage, scale_groups, set_rates_, weight_decay
+from utils.runs.resume import agreed_checkpoint, changes, check_same_model
+from utils.runs.saving import ShardedSaver, read_numbers, restore_, save_checkpoint
+from utils.runs.state import TrainState, named
+from utils.runs.tally import Tally
 from utils.signals import StopRequest
-from utils.tally import Tally
-from utils.token_cache import check_classes, fingerprint
-from utils.train_state import TrainState, named
-from utils.training_checkpoint import ShardedSaver, read_numbers, restore_, save_checkpoint
 
 AUTOCAST_DTYPES = {1: torch.float16, 2: torch.bfloat16}
 INITIAL_LOSS_SCALE, LARGEST_LOSS_SCALE, LOSS_SCALE_GROWTH = 2.0**11, 2.0**15, 1000  # as released
@@ -51,19 +52,6 @@ VALIDATION_EPOCHS = 10  # the released trainers validate and save this often
 SHOWN_IMAGES = 8  # of the held-out ones, reconstructed at each validation
 SAVE_FAILED = 1000  # above all signals, in the vote of the ranks on whether to go on
 ALL_RANKS = 1 << 31  # in the place of a rank, for random numbers that all ranks draw alike
-
-
-class Data(Protocol):
-    """Where batches come from: images (B, 3, H, W) in [-1, 1] or tokens (B, L), with labels (B,)."""
-
-    class_names: list[str]
-    size: int  # training images
-    val_size: int  # held-out images
-    views: int  # stored encodings of each
-
-    def train_batches(self, order: TrainOrder, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]: ...
-
-    def val_batches(self, batch: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 class Unsettled(NamedTuple):

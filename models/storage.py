@@ -1,6 +1,6 @@
 """A model on disk: model.safetensors and config.json in a directory, read strictly, never executed.
 
-The hub stores the same two files. Checkpoints of a run hold further files beside them (utils/training_checkpoint.py), of which
+The hub stores the same two files. Checkpoints of a run hold further files beside them (utils/runs/saving.py), of which
 this module knows the averaged weights only. Pickled objects are refused: .pth files, which are released ones, load with
 weights_only=True, everything else is safetensors or JSON.
 """

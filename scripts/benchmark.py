@@ -28,8 +28,9 @@ from models.scan_backends import SCAN_BACKENDS
 from models.ssm import StateSpace
 from models.transformer import FAMILIES, ScaleTransformer, TransformerConfig, family_config, recompute_blocks_
 from scripts.benchmarks import attention, length, sampling, scan, table, training
-from utils import cli, evidence, token_cache
+from utils import cli, evidence
 from utils.cli import argument, flag
+from utils.data import token_cache
 
 PIXELS, NUM_CLASSES = 256, 1000
 IMAGENET_IMAGES = 1_281_167

@@ -18,10 +18,13 @@ from tqdm import tqdm
 
 from dist import Ranks, process_group
 from models.tokenizer import VQVAE
-from utils import cli, data, token_cache
+from utils import cli
 from utils.checkpoint import load_fitting_tokenizer
 from utils.cli import flag, required
-from utils.token_cache import ARRAYS, Plan, Shard
+from utils.data import token_cache
+from utils.data.batches import batches_at
+from utils.data.images import ImageFiles, Images, check_resize, read_folders
+from utils.data.token_cache import ARRAYS, Plan, Shard
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,12 @@ class CacheConfig:
             raise ValueError(f"--views={self.views}, --batch={self.batch}: give at least 1")
         if self.workers < 0 or self.seed < 0:
             raise ValueError(f"--workers={self.workers}, --seed={self.seed}: give 0 or more")
-        data.check_resize(self.resize)
+        check_resize(self.resize)
         if self.views > 1 and self.center_crop and not self.hflip:
             raise ValueError(f"--views={self.views} with --center_crop would repeat the same tokens: give --views=1")
 
 
-def make_plan(config: CacheConfig, tokenizer: VQVAE, train: data.ImageFiles, val: data.ImageFiles) -> Plan:
+def make_plan(config: CacheConfig, tokenizer: VQVAE, train: ImageFiles, val: ImageFiles) -> Plan:
     """What this command would write. ValueError for a tokenizer whose tokens or images do not fit."""
     height, width = tokenizer.config.image_shape
     if height != width:
@@ -107,13 +110,13 @@ def begin(out: Path, plan: Plan) -> None:
 
 
 def encode_shards(
-    tokenizer: VQVAE, images: data.Images, views: int, shards: list[Shard], out: Path, config: CacheConfig
+    tokenizer: VQVAE, images: Images, views: int, shards: list[Shard], out: Path, config: CacheConfig
 ) -> Iterator[int]:
     """Write these shards of one split, all views of an image behind one another; yields the images of every batch."""
     device = next(tokenizer.parameters()).device
     # batches end where shards end, so that what is computed together does not depend on who computes it
     batches = ((positions, positions // views) for shard in shards for positions in shard.batches(config.batch))
-    loaded = data.batches_at(images, batches, config.workers)
+    loaded = batches_at(images, batches, config.workers)
     for shard in shards:
         parts = []
         for positions in shard.batches(config.batch):
@@ -131,7 +134,7 @@ def encode(config: CacheConfig, ranks: Ranks) -> None:
     out = Path(config.out)
     if (out / "manifest.json").exists():
         raise ValueError(f"{out}: a finished token cache is there: give another --out or remove it")
-    train, val = data.read_folders(config.data_path)
+    train, val = read_folders(config.data_path)
     tokenizer = load_fitting_tokenizer(config.vae, config.pn).to(ranks.device)
     plan = make_plan(config, tokenizer, train, val)
     # every rank looks, and so stops with the same error, before any of them writes
@@ -148,8 +151,8 @@ def encode(config: CacheConfig, ranks: Ranks) -> None:
     mine = missing[ranks.rank :: ranks.world]
     total, left, share = sum(plan.rows.values()), count_rows(missing), count_rows(mine)
     splits = {
-        "train": (data.Images(train, plan.pixels, plan.resize, plan.augment, plan.flip, plan.seed), plan.views),
-        "val": (data.Images(val, plan.pixels, plan.resize), 1),
+        "train": (Images(train, plan.pixels, plan.resize, plan.augment, plan.flip, plan.seed), plan.views),
+        "val": (Images(val, plan.pixels, plan.resize), 1),
     }
     interval = 0.2 if sys.stderr.isatty() else 20
     with tqdm(

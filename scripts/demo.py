@@ -25,13 +25,15 @@ from sklearn.linear_model import LogisticRegression
 from utils import cli, plots
 from utils.checkpoint import load_tokenizer
 from utils.cli import flag
-from utils.data import FASHION_MNIST_CLASSES, Images, batches_at, export_fashion_mnist, read_folders, val_batches
-from utils.features import load_extractor
-from utils.log import read_metrics
-from utils.measure import measure, measure_batches
-from utils.metrics import frechet_distance
-from utils.samples import Gaussian, open_images
-from utils.token_cache import TokenCache
+from utils.data.batches import batches_at, val_batches
+from utils.data.fashion_mnist import FASHION_MNIST_CLASSES, export_fashion_mnist
+from utils.data.images import Images, read_folders
+from utils.data.token_cache import TokenCache
+from utils.metrics.distances import frechet_distance
+from utils.metrics.features import load_extractor
+from utils.metrics.image_sets import Gaussian, open_images
+from utils.metrics.measure import measure, measure_batches
+from utils.runs.log import read_metrics
 
 NUM_SAMPLES = 1000
 RECONSTRUCTIONS = 16

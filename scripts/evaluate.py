@@ -23,11 +23,9 @@ from utils import cli, evidence, plots
 from utils.checkpoint import load_tokenizer, weights_hash
 from utils.cli import argument, flag, required
 from utils.dump import finished_settings
-from utils.features import EXTRACTORS, load_extractor
-from utils.measure import Measured, batch_size, measure
-from utils.metrics import frechet_distance
-from utils.reconstruction import BATCH, measure_reconstruction
-from utils.samples import (
+from utils.metrics.distances import frechet_distance
+from utils.metrics.features import EXTRACTORS, load_extractor
+from utils.metrics.image_sets import (
     FittedImages,
     ImageSet,
     Reference,
@@ -37,8 +35,10 @@ from utils.samples import (
     read_statistics,
     write_statistics,
 )
-from utils.scores import in_halves, notes_on_distance, notes_on_scores, score
-from utils.similarity import LPIPS, WINDOW, load_lpips
+from utils.metrics.measure import Measured, batch_size, measure
+from utils.metrics.reconstruction import BATCH, measure_reconstruction
+from utils.metrics.scores import in_halves, notes_on_distance, notes_on_scores, score
+from utils.metrics.similarity import LPIPS, WINDOW, load_lpips
 
 EXTRACTOR_HELP = "network that looks at the images: inception for FID, efflite0 where its weights cannot be had"
 BATCH_HELP = "images that a rank takes at a time; 0: as suits the device"

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.pyramid import STANDARD_SIDES
 from utils import cli, plots
 from utils.cli import arguments, flag
-from utils.log import read_metrics
+from utils.runs.log import read_metrics
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 COLUMNS = 4

@@ -20,16 +20,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist import Ranks, process_group
 from models.tokenizer import TOKENIZER_PRESETS, VQVAE
-from resume import agreed_checkpoint
-from utils import cli, data
+from utils import cli
 from utils.checkpoint import Description, read_model_config
 from utils.cli import flag, required
+from utils.data.batches import TrainOrder, train_batches, val_batches
+from utils.data.images import Images, check_resize, read_folders
 from utils.files import locked
-from utils.log import RunLog
-from utils.optim import learning_rate_factor
+from utils.runs.log import RunLog
+from utils.runs.optim import learning_rate_factor
+from utils.runs.resume import agreed_checkpoint
+from utils.runs.saving import read_numbers, restore_, save_checkpoint
+from utils.runs.state import flattened, named, optimizer_tensors
 from utils.signals import StopRequest
-from utils.train_state import flattened, named, optimizer_tensors
-from utils.training_checkpoint import read_numbers, restore_, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class TokenizerTraining:
         for name in ("bs", "max_steps", "log_every", "save_every", "keep"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
-        data.check_resize(self.resize)
+        check_resize(self.resize)
 
 
 def reconstruction_loss(images: Tensor, reconstruction: Tensor, config: TokenizerTraining) -> Tensor:
@@ -74,12 +76,12 @@ class TokenizerTrainer:
         self.config, self.ranks, self.run = config, ranks, Path(config.out)
         if config.bs % ranks.world:
             raise ValueError(f"--bs={config.bs} does not divide by {ranks.world} ranks: give a multiple")
-        train, val = data.read_folders(config.data_path)
+        train, val = read_folders(config.data_path)
         self.class_names = train.class_names
         model_config = TOKENIZER_PRESETS[config.preset]
         pixels = model_config.image_shape[0]
-        self.train_images = data.Images(train, pixels, config.resize, augment=True, flip=config.hflip, seed=config.seed)
-        self.val_images = data.Images(val, pixels, config.resize)
+        self.train_images = Images(train, pixels, config.resize, augment=True, flip=config.hflip, seed=config.seed)
+        self.val_images = Images(val, pixels, config.resize)
         torch.manual_seed(config.seed)
         self.tokenizer = VQVAE(model_config)
         self.tokenizer.init_weights()
@@ -103,8 +105,8 @@ class TokenizerTrainer:
             f"training tokenizer {config.preset} on {len(self.train_images)} images, pyramid {self.tokenizer.pyramid}, "
             f"{sum(p.numel() for p in self.tokenizer.parameters()) / 1e6:.2f}M parameters, from step {self.step}"
         )
-        order = data.TrainOrder(len(self.train_images), config.bs, config.seed, self.ranks.rank, self.ranks.world)
-        batches = data.train_batches(self.train_images, order, self.step, config.max_steps, config.workers)
+        order = TrainOrder(len(self.train_images), config.bs, config.seed, self.ranks.rank, self.ranks.world)
+        batches = train_batches(self.train_images, order, self.step, config.max_steps, config.workers)
         start = time.monotonic() - self.seconds
         mark_time, mark_step = time.monotonic(), self.step
         with StopRequest() as stop:
@@ -183,7 +185,7 @@ class TokenizerTrainer:
         scales, num_codes = tokenizer.pyramid.num_scales, tokenizer.config.num_codes
         hits = torch.zeros(scales, num_codes, device=self.ranks.device)
         totals = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # squared error, images
-        for images, _ in data.val_batches(self.val_images, share, self.ranks.rank, self.ranks.world):
+        for images, _ in val_batches(self.val_images, share, self.ranks.rank, self.ranks.world):
             images = images.to(self.ranks.device)
             indices = tokenizer.encode(images)
             errors = (tokenizer.decode(indices) - images).square().mean(dim=(1, 2, 3))

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from models.tokenizer import VQVAE, TokenizerConfig
 from utils.checkpoint import Description, save_model
-from utils.data import export_fashion_mnist
+from utils.data.fashion_mnist import export_fashion_mnist
 from utils.files import written_aside
-from utils.log import read_metrics
-from utils.run_checkpoints import checkpoints
-from utils.training_checkpoint import read_numbers
+from utils.runs.checkpoints import checkpoints
+from utils.runs.log import read_metrics
+from utils.runs.saving import read_numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("cat", "dog", "fox")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from commands import export_some, make_images, run_in_process, script
 
-from utils.token_cache import TokenCache
+from utils.data.token_cache import TokenCache
 
 
 @pytest.fixture(scope="module")

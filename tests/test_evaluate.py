@@ -10,10 +10,10 @@ from torch import nn
 
 from models.tokenizer import TokenizerConfig
 from utils.checkpoint import load_tokenizer
-from utils.features import Features
-from utils.metrics import frechet_distance, inception_score, moments, precision_recall
-from utils.reconstruction import reconstruct
-from utils.similarity import psnr
+from utils.metrics.distances import frechet_distance, inception_score, moments, precision_recall
+from utils.metrics.features import Features
+from utils.metrics.reconstruction import reconstruct
+from utils.metrics.similarity import psnr
 
 evaluate = script("evaluate")
 

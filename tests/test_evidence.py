@@ -6,11 +6,11 @@ from utils import evidence
 
 
 def test_a_stored_figure_has_its_circumstances(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(evidence.ROOT / "scripts" / "soak.py"), "--kills", "3"])
+    monkeypatch.setattr(sys, "argv", [str(evidence.ROOT / "scripts" / "checks" / "soak.py"), "--kills", "3"])
     evidence.store(tmp_path / "new" / "figures.json", {"rows": [1.5]})
     stored = json.loads((tmp_path / "new" / "figures.json").read_text())
     assert set(stored) == {"command", "device", "versions", "commit", "rows"}
-    assert stored["command"] == "python scripts/soak.py --kills 3"
+    assert stored["command"] == "python scripts/checks/soak.py --kills 3"
     assert set(stored["versions"]) == {"python", "torch"}
 
 

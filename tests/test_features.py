@@ -9,8 +9,8 @@ from PIL import Image
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from utils import features
-from utils.features import EfficientNetLite0, Inception, extract, load_extractor
+from utils.metrics import features
+from utils.metrics.features import EfficientNetLite0, Inception, extract, load_extractor
 
 
 @pytest.fixture(scope="module")

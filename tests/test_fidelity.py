@@ -12,10 +12,10 @@ from PIL import Image
 
 import train
 from dist import Ranks
-from fidelity import Fidelity
-from utils.features import extract, load_extractor
-from utils.log import read_metrics
-from utils.metrics import frechet_distance, moments
+from utils.metrics.distances import frechet_distance, moments
+from utils.metrics.features import extract, load_extractor
+from utils.metrics.fidelity import Fidelity
+from utils.runs.log import read_metrics
 from utils.signals import StopRequest
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

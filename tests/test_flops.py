@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.attention import window_mask
 from models.pyramid import STANDARD_SIDES
 from models.transformer import family_config
-from utils.flops import peak_flops, training_flops
+from utils.runs.flops import peak_flops, training_flops
 
 # TFLOP per image of a 256 px training step, VAR / M-VAR / Markov, to two digits, counted independently of this repository.
 KNOWN = {12: (0.39, 0.57, 0.36), 16: (0.90, 1.31, 0.85), 24: (2.93, 4.32, 2.82)}

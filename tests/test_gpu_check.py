@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh as far as it goes without a GPU."""
+"""scripts/checks/gpu_check.sh as far as it goes without a GPU."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from commands import ROOT, environment
 
 
 def gpu_check(*words) -> subprocess.CompletedProcess:
-    command = ["scripts/gpu_check.sh", *map(str, words)]
+    command = ["scripts/checks/gpu_check.sh", *map(str, words)]
     return subprocess.run(
         command, cwd=ROOT, env=environment(PYTHON=sys.executable), capture_output=True, text=True, timeout=300, check=False
     )

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.log import RunLog, clock, console_line, read_entries, read_metrics
+from utils.runs.log import RunLog, clock, console_line, read_entries, read_metrics
 
 FIGURES = {
     "loss": 6.1234,
@@ -38,7 +38,7 @@ def strict(line: str) -> dict:
 def clock_hand(monkeypatch):
     """Seconds that pass only when told to."""
     hand = {"now": 0.0}
-    monkeypatch.setattr("utils.log.time.monotonic", lambda: hand["now"])
+    monkeypatch.setattr("utils.runs.log.time.monotonic", lambda: hand["now"])
     return hand
 
 

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from dist import Ranks
-from utils.features import extract, load_extractor
-from utils.measure import Measurement, measure, measure_batches, share
-from utils.metrics import moments
-from utils.samples import open_images
+from utils.metrics.distances import moments
+from utils.metrics.features import extract, load_extractor
+from utils.metrics.image_sets import open_images
+from utils.metrics.measure import Measurement, measure, measure_batches, share
 
 
 @pytest.fixture(scope="module")

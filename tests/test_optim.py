@@ -3,7 +3,7 @@ import math
 import pytest
 
 from models import build_transformer
-from utils.optim import (
+from utils.runs.optim import (
     learning_rate_factor,
     parameter_groups,
     progressive_stage,

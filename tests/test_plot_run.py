@@ -7,7 +7,7 @@ from commands import run_in_process, script
 from PIL import Image
 
 from models.pyramid import STANDARD_SIDES
-from utils.log import RunLog
+from utils.runs.log import RunLog
 
 plot_run = script("plot_run")
 SIDES_256 = list(STANDARD_SIDES[256])

@@ -8,7 +8,7 @@ from commands import ROOT, export_some, run_in_shell, script
 
 from sample import SampleConfig
 from utils import cli
-from utils.recipe import TrainConfig
+from utils.runs.config import TrainConfig
 
 README = (ROOT / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, flags=re.M | re.S))
@@ -80,7 +80,7 @@ def test_the_commands_of_the_pages_parse(page, count):
     lines = [shlex.split(line) for line in blocks.splitlines() if line.strip()]
     assert len(lines) == count
     for words in lines:
-        if words[0] != "scripts/gpu_check.sh" and words[1] != "evaluator.py":  # that one is of another project
+        if words[0] != "scripts/checks/gpu_check.sh" and words[1] != "evaluator.py":  # that one is of another project
             parse(words)
 
 

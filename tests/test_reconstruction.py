@@ -5,11 +5,12 @@ from commands import TINY_TOKENIZER
 from PIL import Image
 
 from models.tokenizer import VQVAE
-from utils.features import load_extractor
-from utils.measure import measure_batches
-from utils.reconstruction import CodeUsage, measure_reconstruction, reconstruct
-from utils.samples import FittedImages, open_images
-from utils.similarity import psnr, ssim
+from utils.metrics.codes import CodeUsage
+from utils.metrics.features import load_extractor
+from utils.metrics.image_sets import FittedImages, open_images
+from utils.metrics.measure import measure_batches
+from utils.metrics.reconstruction import measure_reconstruction, reconstruct
+from utils.metrics.similarity import psnr, ssim
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ from models.tokenizer import VQVAE
 from trainer import Trainer
 from utils.checkpoint import Description, load_transformer, save_model
 from utils.files import written_aside
-from utils.log import read_metrics
-from utils.run_checkpoints import checkpoint_path, checkpoints
+from utils.runs.checkpoints import checkpoint_path, checkpoints
+from utils.runs.log import read_metrics
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ KILL_WHILE_SAVING = """
 import os, signal, sys
 sys.path.insert(0, ".")
 import train
-import utils.training_checkpoint as module
+import utils.runs.saving as module
 from utils import cli
 
 usual, calls = module.{function}, []

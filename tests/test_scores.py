@@ -4,11 +4,11 @@ import torch
 from torch.utils.data import Dataset
 from torch_fidelity import calculate_metrics
 
-from utils.features import Features, extract, load_extractor
-from utils.measure import Measured, measure_batches
-from utils.metrics import frechet_distance, inception_score, moments, precision_recall
-from utils.samples import Gaussian, Statistics
-from utils.scores import in_halves
+from utils.metrics.distances import frechet_distance, inception_score, moments, precision_recall
+from utils.metrics.features import Features, extract, load_extractor
+from utils.metrics.image_sets import Gaussian, Statistics
+from utils.metrics.measure import Measured, measure_batches
+from utils.metrics.scores import in_halves
 
 
 class AsTheRefereeReads(Dataset):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.ndimage import correlate1d
 
-from utils.similarity import LPIPS, load_lpips, psnr, ssim
+from utils.metrics.similarity import LPIPS, load_lpips, psnr, ssim
 
 
 def random_images(*shape: int, seed: int = 0) -> torch.Tensor:

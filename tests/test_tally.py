@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.pyramid import Pyramid
-from utils.tally import Tally
+from utils.runs.tally import Tally
 
 PYRAMID = Pyramid((1, 2, (2, 3)))  # 1 + 4 + 6 tokens
 

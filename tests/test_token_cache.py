@@ -15,12 +15,14 @@ import torch
 from commands import CLASSES, ROOT, SMALL, TINY_TOKENIZER, environment, run_in_process, run_in_shell, script, shell_words
 
 import train
+from models.pyramid import Pyramid
 from models.tokenizer import VQVAE
-from utils import data, token_cache
 from utils.checkpoint import Description, load_tokenizer, load_transformer, save_model
-from utils.log import read_metrics
-from utils.recipe import TrainConfig
-from utils.token_cache import ARRAYS, Plan, TokenCache, array_bytes, check_cache, check_classes, read_manifest
+from utils.data import token_cache
+from utils.data.images import Images, read_folders
+from utils.data.sources import CachedData
+from utils.data.token_cache import ARRAYS, Plan, TokenCache, array_bytes, check_cache, check_classes, read_manifest
+from utils.runs.log import read_metrics
 
 TWO_SHARDS = ("--views=50", "--hflip")  # of 1200 rows, and one held out
 THREE_SHARDS = ("--views=100", "--hflip")
@@ -114,12 +116,12 @@ def write_cache(directory: Path, rows: int, per_shard: int, num_tokens: int) -> 
 
 def test_cached_tokens_are_those_of_the_tokenizer(cache, images, tokenizer):
     directory = cache("--center_crop")
-    train_files, val_files = data.read_folders(images)
+    train_files, val_files = read_folders(images)
     model = load_tokenizer(tokenizer)
     for split, files in (("train", train_files), ("val", val_files)):
         stored = TokenCache(directory, split)
         tokens, labels = stored.gather(np.arange(len(stored)))
-        pixels = torch.stack([data.Images(files, 16)[(i, i)][0] for i in range(len(files.paths))])
+        pixels = torch.stack([Images(files, 16)[(i, i)][0] for i in range(len(files.paths))])
         assert torch.equal(tokens.long(), torch.cat(model.encode(pixels), dim=1))
         assert labels.tolist() == files.labels
         assert (tokens.dtype, labels.dtype) == (torch.uint16, torch.int64)
@@ -552,9 +554,8 @@ def test_how_codes_are_looked_up_is_part_of_the_fingerprint(tokenizer):
 
 
 def test_another_pyramid_is_refused_naming_both(cache, tokenizer):
-    config = TrainConfig(token_cache=str(cache("--center_crop")), pn="1_2_4")
     with pytest.raises(ValueError, match=r"--pn=1_2_4: the cache .* holds pyramids 1_2_3_4: give --pn=1_2_3_4 or encode again"):
-        train.CachedData(config, load_tokenizer(tokenizer))
+        CachedData(cache("--center_crop"), load_tokenizer(tokenizer), wanted=Pyramid.parse("1_2_4"))
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import train
 from dist import Ranks
 from utils import cli
 from utils.checkpoint import load_description, load_transformer
-from utils.log import read_metrics
-from utils.recipe import TrainConfig
-from utils.run_checkpoints import checkpoints
+from utils.runs.checkpoints import checkpoints
+from utils.runs.config import TrainConfig
+from utils.runs.log import read_metrics
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from commands import make_images, run_in_process, run_in_shell, script
 
 from models.tokenizer import TOKENIZER_PRESETS, TokenizerConfig
 from utils.checkpoint import load_tokenizer
-from utils.log import read_metrics
-from utils.run_checkpoints import checkpoints
+from utils.runs.checkpoints import checkpoints
+from utils.runs.log import read_metrics
 
 TINY = TokenizerConfig(sides=(1, 2, 4), channels=32, multipliers=(1, 1), num_blocks=1, num_codes=16, code_dim=4)  # 8 px
 FLAGS = ["--preset=tiny", "--bs=6", "--max_steps=30", "--log_every=5", "--save_every=10", "--restart_every=3"]

@@ -10,9 +10,9 @@ from dist import Ranks
 from models.transformer import FAMILIES, ScaleTransformer
 from trainer import ALL_RANKS, Trainer, step_seed
 from utils.checkpoint import load_tokenizer, load_transformer
-from utils.log import read_metrics
-from utils.recipe import TrainConfig
-from utils.run_checkpoints import checkpoints
+from utils.runs.checkpoints import checkpoints
+from utils.runs.config import TrainConfig
+from utils.runs.log import read_metrics
 
 
 def small_trainer(images, tokenizer, run, **changes) -> Trainer:

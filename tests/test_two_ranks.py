@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 import train
 from dist import Ranks
 from utils.checkpoint import load_transformer
-from utils.run_checkpoints import checkpoint_path, checkpoints
-from utils.training_checkpoint import read_numbers
+from utils.runs.checkpoints import checkpoint_path, checkpoints
+from utils.runs.saving import read_numbers
 
 LEARN = ["--tblr=0.05", "--alng=0.1", "--wp=0.1"]  # so fast that every difference between two runs shows
 STILL = ["--drop_path=0"]  # the one thing that each rank draws for itself

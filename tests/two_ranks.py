@@ -20,8 +20,8 @@ import train
 import trainer
 from dist import Ranks, process_group
 from utils import cli
-from utils.recipe import TrainConfig
-from utils.run_checkpoints import checkpoint_path
+from utils.runs.checkpoints import checkpoint_path
+from utils.runs.config import TrainConfig
 
 LITTLE_ROOM = 50_000  # bytes
 

@@ -1,7 +1,7 @@
 """Models from wherever they are: released files, runs and checkpoints of ours, the hub.
 
 Our format is described and written by models/storage.py: model.safetensors and config.json. In a checkpoint of a run
-(utils/training_checkpoint.py) the averaged weights stand beside them, or all tensors in shards. Released files are read through
+(utils/runs/saving.py) the averaged weights stand beside them, or all tensors in shards. Released files are read through
 utils/official.py.
 """
 
@@ -29,8 +29,8 @@ from models.storage import (
 from models.tokenizer import VQVAE, TokenizerConfig
 from models.transformer import ScaleTransformer, TransformerConfig
 from utils import official
-from utils.run_checkpoints import latest_checkpoint
-from utils.shards import SHARDS, is_sharded, read_shards
+from utils.runs.checkpoints import latest_checkpoint
+from utils.runs.shards import SHARDS, is_sharded, read_shards
 
 __all__ = [
     "Description",

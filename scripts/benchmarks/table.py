@@ -17,7 +17,7 @@ from scripts.benchmarks.formats import optional
 from scripts.benchmarks.sampling import Ways, random_models, state_bytes
 from scripts.benchmarks.timing import measure
 from scripts.benchmarks.training import NUM_CLASSES, training_row
-from utils.flops import training_flops
+from utils.runs.flops import training_flops
 
 if TYPE_CHECKING:
     from scripts.benchmark import BenchmarkConfig

@@ -20,8 +20,8 @@ from models.transformer import ScaleTransformer
 from scripts.benchmarks.formats import milliseconds
 from scripts.benchmarks.timing import wait
 from trainer import Trainer
-from utils.data import TrainOrder
-from utils.recipe import TrainConfig
+from utils.data.batches import TrainOrder
+from utils.runs.config import TrainConfig
 
 if TYPE_CHECKING:
     from scripts.benchmark import BenchmarkConfig

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from models.pyramid import Pyramid
-
-USED_SHARE = 0.001  # a code counts as used where its share of the predictions exceeds this over the number of codes, as in VAR
+from utils.metrics.codes import USED_SHARE
 
 
 class Tally:

@@ -11,12 +11,13 @@ from dist import Ranks
 from models.generate import Group, generate, num_groups
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
-from utils import data, plots
-from utils.data import Images
-from utils.features import load_extractor
-from utils.measure import Measurement, batch_size, measure_batches
-from utils.metrics import frechet_distance
-from utils.samples import Gaussian
+from utils import plots
+from utils.data.batches import val_batches
+from utils.data.images import ImageFiles, Images, read_folders
+from utils.metrics.distances import frechet_distance
+from utils.metrics.features import load_extractor
+from utils.metrics.image_sets import Gaussian
+from utils.metrics.measure import Measurement, batch_size, measure_batches
 from utils.signals import StopRequest
 
 SEED = 0  # the same samples at every validation
@@ -30,7 +31,7 @@ class Fidelity:
     """
 
     def __init__(self, root: str | Path, count: int, pixels: int, resize: float, workers: int, ranks: Ranks):
-        self.train, self.val = data.read_folders(root)
+        self.train, self.val = read_folders(root)
         if len(self.val.paths) < 2:
             raise ValueError(f"{root}/val: holds 1 image, a distance needs more: add some, or give --val_fd=0")
         self.count, self.pixels, self.resize, self.workers, self.ranks = count, pixels, resize, workers, ranks
@@ -49,13 +50,13 @@ class Fidelity:
         some = replace(self.train, **{name: [getattr(self.train, name)[i] for i in chosen] for name in ("paths", "labels")})
         return frechet_distance(*self._measure(some, "training images"), *self.reference)
 
-    def _measure(self, files: data.ImageFiles, source: str) -> Gaussian:
+    def _measure(self, files: ImageFiles, source: str) -> Gaussian:
         return measure_batches(self.extractor, self._batches(files), source, self.ranks, keep_features=False).statistics.pooled
 
-    def _batches(self, files: data.ImageFiles) -> Iterator[np.ndarray]:
+    def _batches(self, files: ImageFiles) -> Iterator[np.ndarray]:
         images = Images(files, self.pixels, self.resize)
         size, ranks = batch_size(self.extractor), self.ranks
-        for batch, _ in data.val_batches(images, size, ranks.rank, ranks.world, self.workers):
+        for batch, _ in val_batches(images, size, ranks.rank, ranks.world, self.workers):
             yield plots.to_uint8((batch + 1) / 2)
 
     def of_samples(self, transformer: ScaleTransformer, tokenizer: VQVAE, stop: StopRequest) -> float | None:

@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch
@@ -27,11 +27,11 @@ from models.tokenizer import TOKENIZER_PRESETS, VQVAE
 from utils import cli, evidence
 from utils.checkpoint import Description, save_model
 from utils.cli import flag
-from utils.data import export_fashion_mnist
+from utils.data.fashion_mnist import export_fashion_mnist
 from utils.files import written_aside
-from utils.log import read_entries, read_metrics
-from utils.run_checkpoints import checkpoints, latest_checkpoint, step_of
-from utils.training_checkpoint import read_numbers
+from utils.runs.checkpoints import checkpoints, latest_checkpoint, step_of
+from utils.runs.log import read_entries, read_metrics
+from utils.runs.saving import read_numbers
 
 CLOCK_FIELDS = ("time", "images_per_second", "memory_gb")  # of metrics.jsonl: they differ from run to run
 LONGEST_WAIT = 4.0  # seconds of training before a kill
@@ -40,7 +40,7 @@ KEEP = 2
 
 @dataclass(frozen=True)
 class SoakConfig:
-    """Flags of scripts/soak.py."""
+    """Flags of scripts/checks/soak.py."""
 
     out: str = flag("out/soak", "directory for the runs; what an earlier soak left there is removed")
     kills: int = flag(50, "kills in all: half of them to one process, a quarter each to two ranks, replicated and sharded")

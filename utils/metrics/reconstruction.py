@@ -12,34 +12,14 @@ from torch import Tensor, nn
 
 from dist import Ranks
 from models.tokenizer import VQVAE
-from utils.measure import ALONE, Measurement, device_of, progress, share
+from utils.metrics.codes import CodeUsage
+from utils.metrics.image_sets import ImageSet, Statistics
+from utils.metrics.measure import ALONE, Measurement, device_of, progress, share
+from utils.metrics.similarity import LPIPS, WINDOW, psnr, ssim
 from utils.plots import to_uint8
-from utils.samples import ImageSet, Statistics
-from utils.similarity import LPIPS, WINDOW, psnr, ssim
-from utils.tally import USED_SHARE
 
 BATCH = {"cpu": 8, "cuda": 32}  # large tokenizers need gigabytes for a few images
 SHOWN = 8  # images that are kept to be looked at
-
-
-@dataclass(frozen=True)
-class CodeUsage:
-    """Which codes stand in the indices of one scale, or of all.
-
-    used: codes in use, as training counts them, and share: that over all codes. perplexity: as many codes, each as frequent as
-    the others, would have the same entropy; 1 to V.
-    """
-
-    used: int
-    share: float
-    perplexity: float
-
-    @classmethod
-    def of(cls, counts: Tensor) -> "CodeUsage":
-        """counts (V,), of every code."""
-        shares = counts.double() / counts.sum()
-        used = int((shares > USED_SHARE / len(counts)).sum())
-        return cls(used, used / len(counts), torch.special.entr(shares).sum().exp().item())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.run_checkpoints import checkpoint_path, checkpoints, choose_intact, latest_checkpoint, prune, seal
+from utils.runs.checkpoints import checkpoint_path, checkpoints, choose_intact, latest_checkpoint, prune, seal
 
 
 def make_checkpoint(run: Path, step: int, content: bytes = b"weights") -> Path:

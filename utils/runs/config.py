@@ -10,8 +10,8 @@ from models.scan_backends import SCAN_BACKENDS
 from models.tokenizer import VQVAE
 from models.transformer import FAMILIES, TransformerConfig, family_config
 from utils.cli import flag
-from utils.data import check_resize
-from utils.optim import SCALE_GROUPS, SCHEDULES
+from utils.data.images import check_resize
+from utils.runs.optim import SCALE_GROUPS, SCHEDULES
 
 RELEASED_TOKENIZER = "vae_ch160v4096z32.pth"
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data import ImageFiles, Images
-from utils.samples import (
+from utils.data.images import ImageFiles, Images
+from utils.metrics.image_sets import (
     FittedImages,
     Gaussian,
     Statistics,

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
@@ -24,7 +24,7 @@ KILLED_AT = 0.4  # of the images
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Flags of scripts/compare_dumps.py."""
+    """Flags of scripts/checks/compare_dumps.py."""
 
     ckpt: str = required("transformer, such as out/demo/transformer")
     out: str = flag("out/dumps", "directory for the dumps; what an earlier comparison left there is removed")

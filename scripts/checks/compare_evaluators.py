@@ -10,20 +10,21 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import scipy.linalg
 import torch
 from PIL import Image
 
-from utils import cli, data, evidence, plots
+from utils import cli, evidence, plots
 from utils.checkpoint import load_tokenizer
 from utils.cli import flag
-from utils.data import Images
-from utils.features import Features, load_extractor
-from utils.measure import measure_batches
-from utils.metrics import frechet_distance, inception_score, moments, precision_recall
+from utils.data.batches import val_batches
+from utils.data.images import Images, read_folders
+from utils.metrics.distances import frechet_distance, inception_score, moments, precision_recall
+from utils.metrics.features import Features, load_extractor
+from utils.metrics.measure import measure_batches
 
 BATCH = 8
 SPLITS = 10  # of the Inception score, as many evaluators have it
@@ -31,7 +32,7 @@ SPLITS = 10  # of the Inception score, as many evaluators have it
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Flags of scripts/compare_evaluators.py."""
+    """Flags of scripts/checks/compare_evaluators.py."""
 
     samples: str = flag("out/demo/samples.npz", "dump of samples, of all classes")
     images: str = flag("out/demo/images", "real images, with train/ and val/ inside")
@@ -59,8 +60,8 @@ class Comparison:
 def load_real(root: str, pixels: int) -> tuple[np.ndarray, np.ndarray]:
     """Training and held-out images, (N, pixels, pixels, 3) uint8 each."""
     splits = []
-    for files in data.read_folders(root):
-        batches = data.val_batches(Images(files, pixels, resize=1.0), BATCH)
+    for files in read_folders(root):
+        batches = val_batches(Images(files, pixels, resize=1.0), BATCH)
         splits.append(np.concatenate([plots.to_uint8((batch + 1) / 2) for batch, _ in batches]))
     return splits[0], splits[1]
 

@@ -1,13 +1,13 @@
-"""Scores of samples against a reference, both as utils/measure.py measures them, and what their reader should know."""
+"""Scores of samples against a reference, both as utils/metrics/measure.py measures them, and what their reader should know."""
 
 import numpy as np
 import torch
 from torch import nn
 
-from utils.features import Features
-from utils.measure import Measured, device_of
-from utils.metrics import frechet_distance, inception_score, moments, precision_recall
-from utils.samples import Gaussian, Statistics
+from utils.metrics.distances import frechet_distance, inception_score, moments, precision_recall
+from utils.metrics.features import Features
+from utils.metrics.image_sets import Gaussian, Statistics
+from utils.metrics.measure import Measured, device_of
 
 SHUFFLE_SEED = 0
 

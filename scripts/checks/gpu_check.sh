@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in under nine minutes: kernels and captured sampling against their references, then benchmarks.
 #
-#   scripts/gpu_check.sh [--cpu] [DIRECTORY]        results/gpu unless told; PYTHON=... chooses the interpreter
+#   scripts/checks/gpu_check.sh [--cpu] [DIRECTORY]        results/gpu unless told; PYTHON=... chooses the interpreter
 #
 # Writes correctness.json and a JSON file and a log per benchmark. Ends with 0 unless a test failed or did not finish; a benchmark
 # that fails or is out of time is reported and left out. Needs no network: packages missing here are installed for the time being
 # from wheels/, where that exists (python -m pip download --no-deps -d wheels fla-core). --cpu takes the same steps on few numbers.
 
 set -u
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/../.." || exit 1
 
 cpu=""
 [ "${1:-}" = "--cpu" ] && { cpu=yes; shift; }
@@ -91,7 +91,7 @@ if report.exists():
     counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
     counts["failed"] = [case.get("name") for case in suite if case.find("failure") is not None or case.find("error") is not None]
     report.unlink()
-sys.argv = ["scripts/gpu_check.sh"]
+sys.argv = ["scripts/checks/gpu_check.sh"]
 evidence.store(out / "correctness.json", {"exit_code": code, **counts})
 print(f"               {counts or 'nothing was counted'}")
 PYTHON

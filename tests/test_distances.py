@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from utils.metrics import Moments, frechet_distance, inception_score, moments, precision_recall
+from utils.metrics.distances import Moments, frechet_distance, inception_score, moments, precision_recall
 
 GOLDEN = Path(__file__).parent / "golden"
 

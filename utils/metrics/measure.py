@@ -1,9 +1,9 @@
 """Features of sets of images and their statistics: on one process, or shared out over ranks.
 
-    extractor = load_extractor("efflite0").to(device)            # utils/features.py
-    real = measure(extractor, open_images("val"))                # a folder or an .npz, utils/samples.py
+    extractor = load_extractor("efflite0").to(device)            # utils/metrics/features.py
+    real = measure(extractor, open_images("val"))                # a folder or an .npz, utils/metrics/image_sets.py
     made = measure_batches(extractor, batches, "samples")        # batches (N, H, W, 3) uint8 from anywhere
-    frechet_distance(*made.statistics.pooled, *real.statistics.pooled)    # utils/metrics.py
+    frechet_distance(*made.statistics.pooled, *real.statistics.pooled)    # utils/metrics/distances.py
 
 With `ranks`, every rank calls the same: `measure` takes its part of the images by itself, `measure_batches` is given it.
 Statistics are then those of all ranks' images, on every rank; features those of all, in order, on the main rank alone.
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dist import Ranks
-from utils.features import Features, extract
-from utils.metrics import Moments
-from utils.samples import Gaussian, ImageSet, Statistics
+from utils.metrics.distances import Moments
+from utils.metrics.features import Features, extract
+from utils.metrics.image_sets import Gaussian, ImageSet, Statistics
 
 BATCH = {"cpu": 8, "cuda": 256}  # on a CPU larger ones are slower
 ALONE = Ranks(0, 1, torch.device("cpu"))

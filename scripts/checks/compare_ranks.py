@@ -12,13 +12,13 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from utils import cli, evidence
 from utils.cli import flag
-from utils.data import export_fashion_mnist
-from utils.log import read_metrics
+from utils.data.fashion_mnist import export_fashion_mnist
+from utils.runs.log import read_metrics
 
 # Nats per token: ten units in the last place of a float32 loss of 8. Training amplifies such differences where it is unstable;
 # more than this would mean other batches, dropouts or gradients.
@@ -27,7 +27,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Flags of scripts/compare_ranks.py."""
+    """Flags of scripts/checks/compare_ranks.py."""
 
     out: str = flag("out/ranks", "directory for images, tokens and runs; what an earlier comparison left there is removed")
     steps: int = flag(300, "steps of each run")

@@ -9,8 +9,8 @@ import numpy as np
 from dist import Ranks
 from models.transformer import TransformerConfig
 from utils.checkpoint import read_model_config
-from utils.recipe import TrainConfig
-from utils.run_checkpoints import checkpoint_path, choose_intact, latest_checkpoint, step_of
+from utils.runs.checkpoints import checkpoint_path, choose_intact, latest_checkpoint, step_of
+from utils.runs.config import TrainConfig
 
 
 def agreed_checkpoint(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:

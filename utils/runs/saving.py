@@ -23,8 +23,8 @@ from models.tokenizer import TokenizerConfig
 from models.transformer import TransformerConfig
 from utils.checkpoint import Description, write_config, write_tensors
 from utils.files import aside_of, put_in_place, written_aside
-from utils.run_checkpoints import checkpoint_path, prune, seal
-from utils.shards import SHARDS, fill_from_shards_, is_sharded, shard_sizes
+from utils.runs.checkpoints import checkpoint_path, prune, seal
+from utils.runs.shards import SHARDS, fill_from_shards_, is_sharded, shard_sizes
 
 ModelConfig = TokenizerConfig | TransformerConfig
 

@@ -22,7 +22,8 @@ from models.config import from_dict
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE
 from utils.checkpoint import weights_hash
-from utils.data import ImageFiles, TrainOrder, in_order
+from utils.data.batches import TrainOrder, in_order
+from utils.data.images import ImageFiles
 from utils.files import replace_text, sha256
 
 SPLITS = ("train", "val")

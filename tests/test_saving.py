@@ -6,12 +6,12 @@ import torch
 import torch.distributed as torch_dist
 from small_models import small_transformer
 
-from utils import training_checkpoint
 from utils.checkpoint import Description, load_description, load_transformer
-from utils.optim import build_adamw
-from utils.run_checkpoints import checkpoints, seal
-from utils.train_state import TrainState
-from utils.training_checkpoint import ShardedSaver, read_numbers, restore_, save_checkpoint
+from utils.runs import saving
+from utils.runs.checkpoints import checkpoints, seal
+from utils.runs.optim import build_adamw
+from utils.runs.saving import ShardedSaver, read_numbers, restore_, save_checkpoint
+from utils.runs.state import TrainState
 
 DESCRIPTION = Description("transformer", class_names=["cat", "dog"], tokenizer="vae.pth", training={"seed": 3})
 
@@ -116,7 +116,7 @@ def start(saver: ShardedSaver, run, state: TrainState) -> None:
 
 def test_shards_are_written_in_the_background_from_a_copy(sharded_saver, tmp_path, monkeypatch):
     go_on = threading.Event()
-    monkeypatch.setattr(training_checkpoint, "seal", lambda directory: (go_on.wait(20), seal(directory)))
+    monkeypatch.setattr(saving, "seal", lambda directory: (go_on.wait(20), seal(directory)))
     state = make_state(5)
     saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
     start(sharded_saver, tmp_path, state)
@@ -137,7 +137,7 @@ def test_a_save_that_fails_in_the_background_is_told(sharded_saver, tmp_path, mo
 
     start(sharded_saver, tmp_path, make_state(5))
     sharded_saver.finish()
-    monkeypatch.setattr(training_checkpoint, "seal", fail)
+    monkeypatch.setattr(saving, "seal", fail)
     start(sharded_saver, tmp_path, make_state(6))
     while not sharded_saver.has_failed():
         time.sleep(0.01)

@@ -1,0 +1,1 @@
+"""Where batches come from: folders of images, or tokens made beforehand."""

@@ -1,0 +1,121 @@
+"""Which images or tokens each step and rank gets, a function of (seed, step) alone, and images loaded in that order."""
+
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from utils.data.images import Images
+from utils.signals import ignore_requests
+
+
+def _collate(items: list) -> tuple[Tensor, Tensor] | ValueError:
+    for item in items:
+        if isinstance(item, ValueError):
+            return item
+    images, labels = zip(*items, strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs
+def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order of all samples in one epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+@dataclass(frozen=True)
+class TrainOrder:
+    """Which samples each step, micro-batch and rank gets: an endless row of permutations, one per epoch, cut into batches.
+
+    size: images in the dataset. batch: of all ranks together. Every rank takes batch / (world * micro_batches) at a time.
+    views: encodings stored of every image, one behind another; each epoch takes the next one of all images.
+    Independent of the number of ranks: step s always trains on positions s * batch .. (s + 1) * batch of the row.
+    """
+
+    # Differs from VAR: no batch is cut short or filled up at the end of an epoch, so steps and epochs need not divide.
+
+    size: int
+    batch: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+    micro_batches: int = 1
+    views: int = 1
+
+    def positions(self, step: int, micro_batch: int) -> np.ndarray:
+        share = self.batch // (self.world * self.micro_batches)
+        return step * self.batch + (micro_batch * self.world + self.rank) * share + np.arange(share)
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """The image at each position, or the row of its encoding where there are several views."""
+        epochs, offsets = np.divmod(positions, self.size)
+        indices = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            images = permutation(self.seed, int(epoch), self.size)[offsets[chosen]]
+            indices[chosen] = images * self.views + epoch % self.views
+        return indices
+
+    def micro_batches_from(self, step: int, last_step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(positions, indices) of every micro-batch of this rank, from `step` up to `last_step`."""
+        for current in range(step, last_step):
+            for micro_batch in range(self.micro_batches):
+                positions = self.positions(current, micro_batch)
+                yield positions, self.indices(positions)
+
+
+class _Batches(torch.utils.data.Sampler):
+    """Lists of (position, index) for the loader, made as they are needed."""
+
+    def __init__(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for positions, indices in self.batches:
+            yield list(zip(positions.tolist(), indices.tolist(), strict=True))
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    ignore_requests()
+
+
+def batches_at(
+    images: Images, batches: Iterable[tuple[np.ndarray, np.ndarray]], workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images (B, 3, h, w), labels (B,)) for each (positions, indices); ValueError names a file that cannot be read."""
+    loader = DataLoader(
+        images,
+        batch_sampler=_Batches(batches),
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_leave_signals_to_the_trainer,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or opening a loader would draw from the generator that seeds the training step
+    )
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
+
+
+def train_batches(
+    images: Images, order: TrainOrder, first_step: int, last_step: int, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every micro-batch of this rank."""
+    return batches_at(images, order.micro_batches_from(first_step, last_step), workers)
+
+
+def val_batches(images: Images, batch: int, rank: int = 0, world: int = 1, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of a split, each image once."""
+    return batches_at(images, ((mine, mine) for mine in in_order(len(images), batch, rank, world)), workers)
+
+
+def in_order(size: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:
+    """Sample numbers rank, rank + world, ... in batches."""
+    mine = np.arange(rank, size, world)
+    for start in range(0, len(mine), batch):
+        yield mine[start : start + batch]

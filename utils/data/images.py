@@ -1,0 +1,120 @@
+"""Images from ImageNet-style folders.
+
+A dataset is a directory with train/<class>/* and val/<class>/*; class names sorted give the labels 0, 1, ...
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2 as transforms
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Files of one split and their labels; class_names[label] is the folder they lie in."""
+
+    paths: list[str]
+    labels: list[int]
+    class_names: list[str]
+
+
+def read_folders(root: str | Path) -> tuple[ImageFiles, ImageFiles]:
+    """The splits train/ and val/ under `root`.
+
+    FileNotFoundError where a folder is missing, ValueError where one is empty, holds a file that is no image (by its name;
+    hidden files are passed over), or val/ has a class that train/ lacks.
+    """
+    check_root(root)
+    train, val = (_read_split(Path(root), split) for split in ("train", "val"))
+    unknown = sorted(set(val.class_names) - set(train.class_names))
+    if unknown:
+        raise ValueError(f"{root}: class {unknown[0]!r} is in val/ but not in train/: remove it, or add its images to train/")
+    labels = [train.class_names.index(val.class_names[label]) for label in val.labels]
+    return train, ImageFiles(val.paths, labels, train.class_names)
+
+
+def check_root(root: str | Path) -> None:
+    """FileNotFoundError unless root/train and root/val are there: a cheap look before anything slow is loaded."""
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"{root}: no such directory; --data_path names one with train/<class>/* and val/<class>/*")
+    for split in ("train", "val"):
+        if not (Path(root) / split).is_dir():
+            raise FileNotFoundError(f"{Path(root) / split}: no such directory; images belong into {split}/<class>/* there")
+
+
+def _read_split(root: Path, split: str) -> ImageFiles:
+    if not any(entry.is_dir() for entry in os.scandir(root / split)):
+        raise ValueError(f"{root / split}: no class folders in it; images belong into {split}/<class>/*")
+    files = ImageFolder(str(root / split), is_valid_file=_is_image, allow_empty=True)
+    empty = sorted(set(range(len(files.classes))) - set(files.targets))
+    if empty:
+        raise ValueError(f"{root / split / files.classes[empty[0]]}: no images in it: add some or remove the folder")
+    return ImageFiles([path for path, _ in files.samples], files.targets, files.classes)
+
+
+def _is_image(path: str) -> bool:
+    name = os.path.basename(path)
+    if name.startswith("."):
+        return False
+    if not name.lower().endswith(IMG_EXTENSIONS):
+        raise ValueError(f"{path}: not an image file ({', '.join(IMG_EXTENSIONS)}): remove it from the folder")
+    return True
+
+
+def check_resize(factor: float) -> None:
+    """ValueError unless resized images are large enough to be cut to their final size."""
+    if factor < 1:
+        raise ValueError(f"--resize={factor}: images must not become smaller than their final size: give 1 or more")
+
+
+class Images(Dataset):
+    """Images (3, pixels, pixels) in [-1, 1] with their labels.
+
+    Shorter side resized to resize * pixels (Lanczos), then a random crop (`augment`) or the centre. Items are asked for by
+    (position, index): the position in the run seeds the crop, so a resumed run sees the same crops.
+    """
+
+    def __init__(
+        self, files: ImageFiles, pixels: int, resize: float = 1.125, augment: bool = False, flip: bool = False, seed: int = 0
+    ):
+        self.files = files
+        self.seed = seed
+        self.random = augment or flip
+        crop = transforms.RandomCrop if augment else transforms.CenterCrop
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize(round(resize * pixels), interpolation=transforms.InterpolationMode.LANCZOS),
+                crop((pixels, pixels)),
+                *([transforms.RandomHorizontalFlip()] if flip else []),
+                transforms.PILToTensor(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.files.paths)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int] | ValueError:
+        position, index = item
+        try:
+            with Image.open(self.files.paths[index]) as file:
+                image = file.convert("RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            # handed over as a value: raised inside a worker it would arrive wrapped in the worker's traceback
+            return ValueError(f"{self.files.paths[index]}: not a readable image ({error}): repair or remove it")
+        if not self.random:
+            pixels = self.transform(image)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                # torch.manual_seed would seed the GPUs too, under the feet of the training step
+                seed = int(np.random.SeedSequence((self.seed, position)).generate_state(1, np.uint64)[0] >> 1)
+                torch.default_generator.manual_seed(seed)
+                pixels = self.transform(image)
+        return pixels.float() / 127.5 - 1, self.files.labels[index]
