@@ -11,6 +11,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as torch_dist
@@ -18,9 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-
-from models.ssm import Mamba2
-from models.transformer import ScaleTransformer
 
 MEETING_SECONDS = 1800  # how long rank 0 waits for the others at the start
 
@@ -169,7 +167,7 @@ def _meet() -> tuple[torch_dist.Store, int]:
 # --- spreading a model over the ranks -----------------------------------------------------------------------------------
 
 
-def replicated(transformer: ScaleTransformer, static_graph: bool, unused_parameters: bool) -> DistributedDataParallel:
+def replicated(model: nn.Module, static_graph: bool = False, unused_parameters: bool = False) -> DistributedDataParallel:
     """DDP: the whole model on every rank.
 
     static_graph: every step runs the same operations. unused_parameters: some steps leave out some, which is searched for.
@@ -177,7 +175,7 @@ def replicated(transformer: ScaleTransformer, static_graph: bool, unused_paramet
     # the name that newer versions want does not exist in the oldest one that we take
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     return DistributedDataParallel(
-        transformer,
+        model,
         broadcast_buffers=False,  # they are constants
         gradient_as_bucket_view=True,
         static_graph=static_graph,
@@ -185,11 +183,17 @@ def replicated(transformer: ScaleTransformer, static_graph: bool, unused_paramet
     )
 
 
-def shard_(transformer: ScaleTransformer, ranks: Ranks, compute_dtype: torch.dtype | None) -> None:
-    """FSDP2: every rank keeps a part of each parameter, gathered block by block when it is needed.
+class InParts(Protocol):
+    """A model that says which modules are gathered on their own, inner ones first, itself last."""
 
-    compute_dtype: what the large parameters are gathered as, None: float32. Gradients are reduced in float32. Embeddings, head
-    and the core of Mamba-2 are always gathered in float32. ValueError for a single rank.
+    precision_parts: list  # of (module, exact); exact: always in float32
+
+
+def shard_(model: InParts, ranks: Ranks, compute_dtype: torch.dtype | None) -> None:
+    """FSDP2: every rank keeps a part of each parameter, gathered part by part when it is needed.
+
+    compute_dtype: what parts that need not be exact are gathered as, None: float32. Gradients are reduced in float32.
+    ValueError for a single rank.
     """
     if ranks.world == 1:
         raise ValueError("--parallel=fsdp shares a model out over ranks, there is one: start it with torchrun, or use ddp")
@@ -198,13 +202,8 @@ def shard_(transformer: ScaleTransformer, ranks: Ranks, compute_dtype: torch.dty
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     halved = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in transformer.blocks:
-        fully_shard(block.modulation, mesh=mesh, mp_policy=halved)  # called outside of the block
-        for mixer in block.mixers:
-            if isinstance(mixer, Mamba2):
-                fully_shard(mixer.ssm, mesh=mesh, mp_policy=exact)
-        fully_shard(block, mesh=mesh, mp_policy=halved)
-    fully_shard(transformer, mesh=mesh, mp_policy=exact)
+    for module, is_exact in model.precision_parts:
+        fully_shard(module, mesh=mesh, mp_policy=exact if is_exact else halved)
 
 
 @contextlib.contextmanager

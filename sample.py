@@ -25,23 +25,21 @@ from tqdm import tqdm
 
 from dist import Ranks, process_group
 from models.captured import CapturedSampler
+from models.drawing import Generators, draw_labels
+from models.families import FAMILIES
 from models.generate import (
-    GROUP_SIZE,
-    Generators,
-    Group,
+    COHORT_SIZE,
+    Cohort,
     SampledScales,
     SamplingConfig,
     check_finite,
-    check_fit,
     decode_sampled,
-    draw_labels,
-    exponential_noise,
-    num_groups,
-    sample_scales,
+    num_cohorts,
+    sample,
 )
 from models.scan_backends import SCAN_BACKENDS, choose_scan_
 from models.tokenizer import VQVAE
-from models.transformer import FAMILIES, ScaleTransformer
+from models.transformer import ScaleTransformer
 from utils import cli, plots
 from utils.background import Background
 from utils.checkpoint import load_description, load_tokenizer_for, load_transformer, weights_hash
@@ -88,7 +86,7 @@ class SampleConfig:
     top_p: str | None = flag(None, "of those keep the likeliest with this mass, 0: all; or several")
     smooth: bool | None = flag(None, "mix codes by Gumbel-softmax: for pictures only")
     batch: int = flag(
-        64, "images that a rank takes at a time, in whole groups of 16 (on GPUs 64) that are always computed alike"
+        64, "images that a rank takes at a time, in whole cohorts of 16 (on GPUs 64) that are always computed alike"
     )
     cuda_graph: bool = flag(False, "launch all scales of a batch as one graph: for GPUs that wait for Python")
     scan_backend: str = flag(
@@ -178,18 +176,15 @@ def all_labels(config: SampleConfig, classes: list[int], num_classes: int) -> li
     return [classes[n * len(classes) // num] for n in range(num)]
 
 
-Sampler = Callable[[Tensor, Generators], SampledScales]  # labels and generators of a group
+Sampler = Callable[[Tensor, Generators], SampledScales]  # labels and generators of a cohort
 
 
 def make_sampler(config: SampleConfig, setting: Setting, transformer: ScaleTransformer, tokenizer: VQVAE) -> Sampler:
-    """What samples groups. ValueError if the models do not fit."""
+    """What samples cohorts. ValueError if the models do not fit."""
     how = SamplingConfig(setting.cfg, setting.top_k, setting.top_p, setting.smooth)
     if config.cuda_graph:
-        return CapturedSampler(transformer, tokenizer, how, GROUP_SIZE["cuda"])
-    check_fit(transformer, tokenizer)
-    return lambda labels, generators: sample_scales(
-        transformer, tokenizer, labels, how, functools.partial(exponential_noise, generator=generators)
-    )
+        return CapturedSampler(transformer, tokenizer, how, COHORT_SIZE["cuda"])
+    return lambda labels, generators: sample(transformer, tokenizer, labels, how, generators)
 
 
 def start_decoding(tokenizer: VQVAE, sampled: SampledScales, stream: torch.cuda.Stream | None) -> Callable[[], np.ndarray]:
@@ -212,7 +207,7 @@ def start_decoding(tokenizer: VQVAE, sampled: SampledScales, stream: torch.cuda.
         done = torch.cuda.Event()
         done.record()
     for tensor in (sampled.sums[-1], sampled.finite):
-        tensor.record_stream(stream)  # freed meanwhile, their memory may not be given to the next group before
+        tensor.record_stream(stream)  # freed meanwhile, their memory may not be given to the next cohort before
 
     def wait() -> np.ndarray:
         done.synchronize()
@@ -278,14 +273,14 @@ def draw_pictures(
     sampler = make_sampler(config, setting, transformer, tokenizer)
     kept = []
     with tqdm(total=len(labels), unit="image") as bar:
-        for number in range(num_groups(len(labels), device.type)):
-            group = Group.of(labels, number, config.seed, device)
-            sampled = sampler(group.labels, group.generators)
+        for number in range(num_cohorts(len(labels), device.type)):
+            cohort = Cohort.of(labels, number, config.seed, device)
+            sampled = sampler(cohort.labels, cohort.generators)
             check_finite(sampled)
             in_scales = config.format == "scales"
             pictures = scale_pictures(tokenizer, sampled) if in_scales else plots.to_uint8(decode_sampled(tokenizer, sampled))
-            kept.append(pictures[: len(group.numbers)])
-            bar.update(len(group.numbers))
+            kept.append(pictures[: len(cohort.numbers)])
+            bar.update(len(cohort.numbers))
     setting.out.parent.mkdir(parents=True, exist_ok=True)
     if config.format == "grid":
         write_grid(setting.out, np.concatenate(kept), labels, names)
@@ -302,7 +297,7 @@ def plan_dump(
     weights = {"transformer_sha256": weights_hash(transformer), "tokenizer_sha256": weights_hash(tokenizer)}
     code = {"device": device, "torch": torch.__version__, "commit": commit()}
     uint8 = "255 times the value in [0, 1], rounded to nearest"
-    return Dump(setting.out, labels, GROUP_SIZE[device], {**flags, "num": len(labels), **weights, **code, "uint8": uint8})
+    return Dump(setting.out, labels, COHORT_SIZE[device], {**flags, "num": len(labels), **weights, **code, "uint8": uint8})
 
 
 def write_dump(
@@ -313,22 +308,22 @@ def write_dump(
     tokenizer: VQVAE,
     ranks: Ranks,
 ) -> None:
-    """PNG files or an .npz; every rank makes its share of the groups that are missing, the main rank puts them together."""
+    """PNG files or an .npz; every rank makes its share of the cohorts that are missing, the main rank puts them together."""
     missing: list[int] = []
     if ranks.is_main:
         dump.out.parent.mkdir(parents=True, exist_ok=True)
         dump.begin()
         missing = dump.missing()
     missing = ranks.numbers_from_main(missing)
-    at_a_time = max(config.batch // dump.group, 1)
-    mine = [group for i, group in enumerate(missing) if i // at_a_time % ranks.world == ranks.rank]
+    at_a_time = max(config.batch // dump.cohort, 1)
+    mine = [cohort for i, cohort in enumerate(missing) if i // at_a_time % ranks.world == ranks.rank]
     count = len(dump.labels)
-    there = count - sum(len(dump.numbers(group)) for group in missing)
+    there = count - sum(len(dump.numbers(cohort)) for cohort in missing)
     interval = 0.2 if sys.stderr.isatty() else 20
     bar = tqdm(total=count, initial=there, unit="image", mininterval=interval, disable=not ranks.is_main)
 
-    def write(number: int, group: Group, decoded: Callable[[], np.ndarray]) -> None:
-        images = decoded()[: len(group.numbers)]
+    def write(number: int, cohort: Cohort, decoded: Callable[[], np.ndarray]) -> None:
+        images = decoded()[: len(cohort.numbers)]
         dump.write(number, images)
         bar.update(min(ranks.world * len(images), count - bar.n))  # the others are as far as this one
 
@@ -336,9 +331,9 @@ def write_dump(
     stream = torch.cuda.Stream() if ranks.device.type == "cuda" else None
     with bar, Background() as writer:
         for number in mine:
-            group = Group.of(dump.labels, number, config.seed, ranks.device)
-            decoded = start_decoding(tokenizer, sampler(group.labels, group.generators), stream)
-            writer.put(functools.partial(write, number, group, decoded))
+            cohort = Cohort.of(dump.labels, number, config.seed, ranks.device)
+            decoded = start_decoding(tokenizer, sampler(cohort.labels, cohort.generators), stream)
+            writer.put(functools.partial(write, number, cohort, decoded))
     if ranks.is_main:
         while dump.missing():  # of other ranks
             time.sleep(0.2)

@@ -202,7 +202,8 @@ class Attention(nn.Module):
         assert not (history and windowed_scales), "a window limits attention inside a scale"
         self.pyramid = pyramid
         self.heads = heads
-        self.history = history
+        self.history = self.carries_state = history
+        self.float32_parts: list[nn.Module] = []
         self.normalize = normalize
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))  # keys have no bias: it would cancel in the softmax
@@ -227,6 +228,29 @@ class Attention(nn.Module):
         """Per head: scores that are computed in windows, all scales together, and masked."""
         pairs = [[self.tilings[size].scores for size in self.pyramid.shapes[k]] for k in self.windowed_scales]
         return sum(down[0] * across[0] - down[1] * across[1] for down, across in pairs)
+
+    @property
+    def hidden_flops(self) -> int:
+        """Of one image: two products of each head's width per hidden score, two operations per multiply-add."""
+        return 2 * 2 * len(self.q_bias) * self.hidden_scores
+
+    @property
+    def attention_multiply_adds(self) -> int:
+        """Of one image, as MVAR (arXiv 2505.12742, table 1) counts: x to q, k and v, and two products per seen score."""
+        width = len(self.q_bias)
+        return 3 * self.pyramid.num_tokens * width**2 + 2 * width * sum(map(self._seen_scores, self.pyramid.scales))
+
+    def _seen_scores(self, k: int) -> int:
+        """Pairs of a query of scale k and a key that it sees."""
+        length = self.pyramid.lengths[k]
+        if k in self.windowed_scales:
+            return math.prod(self.tilings[size].scores[1] for size in self.pyramid.shapes[k])
+        return length * (self.pyramid.offsets[k + 1] if self.history else length)
+
+    @torch.no_grad()
+    def init_weights(self, depth: int, generator: torch.Generator | None = None) -> None:
+        """The output starts smaller in deeper transformers; all else is as the linear layers and this module start."""
+        self.proj.weight.div_(math.sqrt(2 * depth))
 
     def init_state(self, batch: int) -> AttentionState:
         like = {"device": self.q_bias.device, "dtype": self.q_bias.dtype}

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.generate import Generators, SampledScales, SamplingConfig, check_fit, fill_exponential_, sample_scales
+from models.drawing import Generators, fill_exponential_
+from models.generate import SampledScales, SamplingConfig, check_fit, sample_scales
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult
 
+from models.families import FAMILIES
 from models.pyramid import STANDARD_SIDES, Pyramid
 
 if TYPE_CHECKING:
@@ -16,14 +17,6 @@ if TYPE_CHECKING:
 LIBRARY = "m-var"
 TAGS = ["image-generation", "visual-autoregressive", "pytorch"]
 TEMPLATE = "---\n{{ card_data }}\n---\n\n{{ text }}"
-FAMILY_NAMES = {"var": "VAR", "mvar": "M-VAR", "markov": "Markov MVAR", "markov-mamba": "Markov M-VAR"}
-FAMILY_PAPERS = {
-    "var": "[VAR](https://arxiv.org/abs/2404.02905): attention over all scales so far",
-    "mvar": "[M-VAR](https://arxiv.org/abs/2411.10433): attention inside the scale, then Mamba-2 across scales",
-    "markov": "[Markov MVAR](https://arxiv.org/abs/2505.12742): attention inside the scale, windows on the large scales",
-    "markov-mamba": "attention as in [Markov MVAR](https://arxiv.org/abs/2505.12742), then Mamba-2 as in "
-    "[M-VAR](https://arxiv.org/abs/2411.10433)",
-}
 COUNTS = ("images", "reference images")  # in the table of scores, but no scores
 MOST_NAMES = 20  # of classes that are listed
 
@@ -38,7 +31,7 @@ def card_title(model: "VQVAE | ScaleTransformer") -> str:
     config = model.config
     if model.description.kind == "tokenizer":
         return f"Multi-scale VQVAE tokenizer, {_by(config.image_shape)} px"
-    return f"{FAMILY_NAMES[config.blocks[-1]]} d{config.depth}, {_by(config.pyramid.shapes[-1])} tokens"
+    return f"{FAMILIES[config.blocks[-1]].title} d{config.depth}, {_by(config.pyramid.shapes[-1])} tokens"
 
 
 def card_text(model: "VQVAE | ScaleTransformer", name: str | None, scores: dict, columns: Columns) -> str:
@@ -68,7 +61,7 @@ def _transformer_rows(model: "ScaleTransformer") -> dict[str, str]:
     kinds = list(dict.fromkeys(config.blocks))
     names = description.class_names
     return {
-        "family": "; ".join(f"{config.blocks.count(kind)} blocks {kind}, {FAMILY_PAPERS[kind]}" for kind in kinds),
+        "family": "; ".join(f"{config.blocks.count(kind)} blocks {kind}, {FAMILIES[kind].paper}" for kind in kinds),
         "depth, width, heads": f"{config.depth}, {config.width}, {config.heads}",
         "parameters": _parameters(model),
         "pyramid": f"{config.pyramid}, {config.pyramid.num_tokens} tokens",

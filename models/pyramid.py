@@ -90,6 +90,11 @@ class Pyramid:
         return self.offsets[-1]
 
     @property
+    def num_inputs(self) -> int:
+        """Tokens of all scales but the first, which has no inputs: it starts from the class."""
+        return self.num_tokens - self.lengths[0]
+
+    @property
     def scales(self) -> range:
         """All scales, as mixers take them."""
         return range(self.num_scales)
@@ -97,6 +102,15 @@ class Pyramid:
     def tokens(self, scales: range) -> slice:
         """The stretch of the sequence that consecutive scales cover."""
         return slice(self.offsets[scales.start], self.offsets[scales.stop])
+
+    def inputs(self, scales: range) -> slice:
+        """The stretch of the sequence of inputs, which lacks the first scale, that consecutive scales cover."""
+        tokens, start = self.tokens(scales), self.lengths[0]
+        return slice(max(tokens.start - start, 0), tokens.stop - start)
+
+    def scales_from_side(self, side: int) -> tuple[int, ...]:
+        """The scales of which a side is at least this long."""
+        return tuple(k for k in self.scales if max(self.shapes[k]) >= side)
 
     def split(self, x: Tensor, scales: range | None = None) -> list[Tensor]:
         """(B, L_of_scales, ...) -> one (B, h_k * w_k, ...) per scale; all scales unless told."""

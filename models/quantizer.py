@@ -119,15 +119,6 @@ class MultiScaleQuantizer(nn.Module):
             inputs.append(self.next_input(f_hat, k).float())
         return torch.cat(inputs, dim=1)
 
-    @torch.no_grad()
-    def native_sums(self, indices: list[Tensor]) -> Iterator[Tensor]:
-        """As `partial_sums`, but each sum at the size of its own scale (B, C, h_k, w_k), for pictures that grow."""
-        f_hat = self.initial(indices[0].shape[0])[:, :, :1, :1]
-        for k, (scale_indices, shape) in enumerate(zip(indices, self.pyramid.shapes, strict=False)):
-            f_hat = self._enlarge(f_hat, shape)
-            f_hat = self.add_scale(f_hat, k, self.codebook(scale_indices))
-            yield f_hat
-
     def forward(self, features: Tensor) -> Quantized:
         """Quantize with gradients: straight-through once at the end, losses on the cumulative sum at every scale."""
         indices, losses = [], []

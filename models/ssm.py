@@ -27,6 +27,7 @@ MAX_PIECE = 1024  # tokens: what a longer piece needs at once leaves a CPU's cac
 NORM_EPS = 1e-5
 DT_RANGE = (1e-3, 1e-1)  # initial step sizes, log-uniform (Mamba-2's own initialisation)
 DT_FLOOR = 1e-4
+CONV_STD = 0.02  # of the initial convolution, as released with M-VAR
 A_RANGE = (1.0, 16.0)  # initial decay rates, uniform
 
 
@@ -225,6 +226,10 @@ class StateSpace(nn.Module):
 class Mamba2(nn.Module):
     """Mamba-2 mixer: x (B, L_of_scales, C), scales -> (B, L_of_scales, C), state."""
 
+    carries_state = True
+    hidden_flops = 0
+    attention_multiply_adds = 0
+
     def __init__(self, width: int, state_dim: int = 64, d_conv: int = 4, expand: int = 2, head_dim: int = 64):
         super().__init__()
         inner = expand * width
@@ -233,6 +238,17 @@ class Mamba2(nn.Module):
         self.ssm = StateSpace(inner, state_dim, d_conv, head_dim)
         self.in_proj = nn.Linear(width, inner + self.ssm.conv_dim + self.ssm.heads, bias=False)  # z, xBC, dt
         self.out_proj = nn.Linear(inner, width, bias=False)
+
+    @property
+    def float32_parts(self) -> list[nn.Module]:
+        return [self.ssm]
+
+    @torch.no_grad()
+    def init_weights(self, depth: int, generator: torch.Generator | None = None) -> None:
+        """As the released M-VAR: Mamba-2's own start and a small convolution; the output is not divided by the depth."""
+        self.ssm.init_weights(generator)
+        nn.init.trunc_normal_(self.ssm.conv1d.weight, std=CONV_STD, generator=generator)
+        self.ssm.conv1d.bias.zero_()
 
     def init_state(self, batch: int) -> MambaState:
         return self.ssm.init_state(batch)

@@ -169,10 +169,6 @@ class VQVAE(nn.Module, HubModel):
         """K images (B, 3, H, W) in [-1, 1], the k-th from the first k scales."""
         return [self.decode_features(f_hat) for f_hat in self.quantizer.partial_sums(indices)]
 
-    def decode_growing(self, indices: list[Tensor]) -> list[Tensor]:
-        """K images in [-1, 1], the k-th from the first k scales at its own size (B, 3, f*h_k, f*w_k)."""
-        return [self.decode_features(f_hat) for f_hat in self.quantizer.native_sums(indices)]
-
     def teacher_inputs(self, indices: list[Tensor]) -> Tensor:
         """Transformer inputs of scales 2..K for teacher forcing: (B, L - h_1 * w_1, code_dim), float32."""
         return self.quantizer.teacher_inputs(indices)

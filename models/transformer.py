@@ -1,12 +1,7 @@
 """One transformer over a token pyramid, with exchangeable mixers (VAR, M-VAR, Markov MVAR and the last two together).
 
-A block is a tuple of mixers and a feed-forward, each modulated by the class of the image. The four kinds of block differ in
-their mixers only:
-
-    var           attention over all scales so far                          VAR, arXiv 2404.02905
-    mvar          attention inside the scale, then Mamba-2 across scales    M-VAR, arXiv 2411.10433
-    markov        attention inside the scale, windows on the large scales   Markov MVAR, arXiv 2505.12742
-    markov-mamba  attention as in markov, then Mamba-2                      ours: cost linear in tokens
+A block is a tuple of mixers and a feed-forward, each modulated by the class of the image. The kinds of block differ in their
+mixers only and stand in models/families.py.
 
 Training, evaluation and generation are one computation, `ScaleTransformer.advance`, called with all scales at once or with one
 scale at a time and the state of those before it. The transformer knows nothing of images: it takes code vectors and gives
@@ -25,15 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import Attention, AttentionState
+from models.families import FAMILIES, MixerConfig, State, check_family
 from models.hub import HubModel
 from models.layers import FeedForward, Modulation, ModulationOffset, drop_paths, modulate, modulation_projection
 from models.pyramid import STANDARD_SIDES, Pyramid
-from models.ssm import Mamba2, MambaState
 from models.storage import Description
-
-FAMILIES = ("mvar", "var", "markov", "markov-mamba")
-COMBINATION_WINDOW_FROM = 13  # markov-mamba: the large scales all have windows, or its cost would not be linear
 
 # The published models; arguments of build_transformer beside the family.
 PRESETS = {
@@ -41,7 +32,7 @@ PRESETS = {
     "d36-s": {"depth": 36, "pixels": 512, "shared_modulation": True},
 }
 
-BlockState = tuple[AttentionState | MambaState | None, ...]  # one entry per mixer
+BlockState = tuple[State | None, ...]  # one entry per mixer
 
 
 @dataclass(frozen=True)
@@ -81,7 +72,7 @@ class TransformerConfig:
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
         if self.window < 1 or self.window % 2 == 0:
             raise ValueError(f"window={self.window}: give an odd number, such as 7")
-        if self.shared_modulation and len({num_sublayers(kind) for kind in self.blocks}) > 1:
+        if self.shared_modulation and len({FAMILIES[kind].num_sublayers for kind in self.blocks}) > 1:
             raise ValueError("shared_modulation needs blocks of one size: do not mix kinds with and without Mamba")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path={self.drop_path}: give a rate from 0 up to 1")
@@ -101,18 +92,19 @@ class TransformerConfig:
 
     def windowed_scales(self, kind: str) -> tuple[int, ...]:
         """Scales on which blocks of this kind limit attention to the window."""
-        scales, smallest = self.pyramid.scales, self.window_from
-        if kind in ("var", "mvar"):
-            return ()
-        if smallest is None and kind == "markov":
-            return tuple(scales[-2:])
-        smallest = COMBINATION_WINDOW_FROM if smallest is None else smallest
-        return tuple(k for k in scales if max(self.pyramid.shapes[k]) >= smallest)
+        return FAMILIES[kind].windowed_scales(self.pyramid, self.window_from)
+
+    def mixers(self, kind: str) -> MixerConfig:
+        """What the mixers of a block of this kind are built from."""
+        windowed = self.windowed_scales(kind)
+        return MixerConfig(self.width, self.heads, self.pyramid, self.normalize_attention, self.window, windowed)
 
 
-def num_sublayers(kind: str) -> int:
-    """Modulated parts of a block: its mixers and the feed-forward."""
-    return 3 if kind in ("mvar", "markov-mamba") else 2
+class PrecisionPart(NamedTuple):
+    """A module of a transformer; exact: its parameters stay in float32 where those of others are in half precision."""
+
+    module: nn.Module
+    exact: bool
 
 
 class Conditioning(NamedTuple):
@@ -130,19 +122,10 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, index: int):
         super().__init__()
         kind = config.blocks[index]
-        attention = Attention(
-            config.width,
-            config.heads,
-            config.pyramid,
-            history=kind == "var",
-            normalize=config.normalize_attention,
-            window=config.window,
-            windowed_scales=config.windowed_scales(kind),
-        )
-        mamba = [Mamba2(config.width)] if kind in ("mvar", "markov-mamba") else []
-        self.mixers = nn.ModuleList([attention, *mamba])
+        self.family = FAMILIES[kind]
+        self.mixers = nn.ModuleList(self.family.build(config.mixers(kind)))
         self.ffn = FeedForward(config.width, config.ffn_ratio)
-        self.num_sublayers = num_sublayers(kind)
+        self.num_sublayers = self.family.num_sublayers
         modulation = ModulationOffset if config.shared_modulation else modulation_projection
         self.modulation = modulation(config.width, 3 * self.num_sublayers)  # called by ScaleTransformer.condition
 
@@ -193,7 +176,18 @@ class ScaleTransformer(nn.Module, HubModel):
     @property
     def scales_are_independent(self) -> bool:
         """Whether nothing but the inputs connects the scales, so that any of them can be computed without the others."""
-        return set(self.config.blocks) == {"markov"}
+        return not any(mixer.carries_state for block in self.blocks for mixer in block.mixers)
+
+    @property
+    def precision_parts(self) -> list[PrecisionPart]:
+        """The modules that have a precision of their own, inner ones first, the whole last; whatever lies in no other part has
+        that of the smallest part around it."""
+        parts = []
+        for block in self.blocks:
+            parts.append(PrecisionPart(block.modulation, exact=False))  # called outside of the block
+            parts += [PrecisionPart(module, exact=True) for mixer in block.mixers for module in mixer.float32_parts]
+            parts.append(PrecisionPart(block, exact=False))
+        return [*parts, PrecisionPart(self, exact=True)]
 
     def condition(self, labels: Tensor) -> Conditioning:
         """labels (B,) in 0 .. num_classes -> everything that depends on them alone; drop-path is drawn here while training."""
@@ -243,7 +237,7 @@ class ScaleTransformer(nn.Module, HubModel):
         if length not in self.pyramid.offsets:
             raise ValueError(
                 f"{inputs.shape[1]} inputs do not end at a scale of the pyramid {self.pyramid}: "
-                f"give {self.pyramid.num_tokens - self.pyramid.lengths[0]} for all of it"
+                f"give {self.pyramid.num_inputs} for all of it"
             )
         scales = range(first_scale, self.pyramid.offsets.index(length))
         logits, _ = self.advance(inputs, scales, self.condition(labels))
@@ -278,14 +272,14 @@ class ScaleTransformer(nn.Module, HubModel):
         """Initialise everything as the released trainers do (VAR's flags in brackets).
 
         linears, embeddings, positions   truncated normal, sqrt(1 / 3C) or `std` [ini], biases 0
-        attention proj, ffn fc2          the same / sqrt(2 * depth); Mamba's projections are not divided
+        mixers                           what else their own init_weights says
+        ffn fc2                          the same / sqrt(2 * depth)
         modulation, gammas of mixers     the same * gamma [alng]
-        modulation, gamma of the ffn     the same * gamma in blocks without Mamba; in blocks with Mamba * ffn_gamma, None:
-                                         scale_shift, as in the released M-VAR, which scales the first two of three gammas
-                                         only and whose published figures come from it; ffn_gamma = gamma is what was meant
+        modulation, gamma of the ffn     the same * gamma; in kinds with a wide one * ffn_gamma, None: scale_shift, as in the
+                                         released M-VAR, which scales the first two of three gammas only and whose published
+                                         figures come from it; ffn_gamma = gamma is what was meant
         modulation, scales and shifts    the same * scale_shift [aln]
         head                             the same * head [hd]
-        Mamba                            conv weight std 0.02, bias 0; the rest as in Mamba-2
         """
         width = self.config.width
         auto = math.sqrt(1 / (3 * width))
@@ -303,21 +297,18 @@ class ScaleTransformer(nn.Module, HubModel):
 
         for block in self.blocks:
             for mixer in block.mixers:
-                if isinstance(mixer, Mamba2):
-                    mixer.ssm.init_weights(generator)
-                    normal_(mixer.ssm.conv1d.weight, 0.02)
-                    mixer.ssm.conv1d.bias.zero_()
-                else:
-                    mixer.proj.weight.div_(math.sqrt(2 * self.config.depth))
+                mixer.init_weights(self.config.depth, generator)
             block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
             if self.config.shared_modulation:
                 rows = block.modulation.offset.normal_(std=width**-0.5, generator=generator)
             else:
                 rows = block.modulation[-1].weight
-            gammas, others = rows[: block.num_sublayers * width], rows[block.num_sublayers * width :]
-            gammas[: 2 * width].mul_(gamma)  # both gammas of a block without Mamba
-            gammas[2 * width :].mul_(scale_shift if ffn_gamma is None else ffn_gamma)
-            others.mul_(scale_shift)
+            gammas, scales, shifts = rows.unflatten(0, (3, block.num_sublayers, width))  # (S, width, ...) each
+            gammas[:-1].mul_(gamma)
+            wide = scale_shift if ffn_gamma is None else ffn_gamma
+            gammas[-1].mul_(wide if block.family.wide_feed_forward_gamma else gamma)
+            for part in (scales, shifts):
+                part.mul_(scale_shift)
         self.head_modulation[-1].weight.mul_(scale_shift)
         self.head.weight.mul_(head)
 
@@ -336,8 +327,7 @@ def family_config(
     global_blocks: this many blocks at the beginning are of kind "var" (M-VAR, arXiv 2411.10433, figure 5).
     config: further fields of TransformerConfig, which also override the derived ones. ValueError for an unknown family.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"family {family!r}: give one of {', '.join(FAMILIES)}")
+    check_family(family)
     if not 0 <= global_blocks <= depth:
         raise ValueError(f"global_blocks={global_blocks}: give 0 to {depth}, the depth")
     derived = {

@@ -23,10 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+from models.families import FAMILIES
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.scan_backends import SCAN_BACKENDS
 from models.ssm import StateSpace
-from models.transformer import FAMILIES, ScaleTransformer, TransformerConfig, family_config, recompute_blocks_
+from models.transformer import ScaleTransformer, TransformerConfig, family_config, recompute_blocks_
 from scripts.benchmarks import attention, length, sampling, scan, table, training
 from utils import cli, evidence
 from utils.cli import argument, flag

@@ -10,11 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from models.families import FAMILIES
 from models.model_card import card_title
 from models.pyramid import Pyramid
 from models.storage import Description
 from models.tokenizer import VQVAE
-from models.transformer import FAMILIES, ScaleTransformer
+from models.transformer import ScaleTransformer
 from utils import cli, official
 from utils.checkpoint import is_ours, locate, read_tensors, released_tokenizer, released_transformer, save_model
 from utils.cli import argument, flag, required

@@ -5,7 +5,8 @@ import torch
 from small_models import VARIANTS, seeded, small_tokenizer, small_transformer
 
 from models.captured import CapturedSampler
-from models.generate import Group, SampledScales, SamplingConfig, decode_sampled, exponential_noise, sample_scales
+from models.drawing import exponential_noise
+from models.generate import Cohort, SampledScales, SamplingConfig, decode_sampled, sample_scales
 
 LABELS = torch.tensor([1, 4, 0])
 
@@ -82,12 +83,12 @@ def test_a_graph_gives_what_sampling_gives(name, smooth):
     transformer, tokenizer = models(name, "cuda")
     config = SamplingConfig(guidance_scale=3.0, top_k=20, top_p=0.9, smooth=smooth)
     device = torch.device("cuda")
-    groups = [Group.of([1] * 128, number, 5, device) for number in (0, 1)]
+    cohorts = [Cohort.of([1] * 128, number, 5, device) for number in (0, 1)]
     sampler = CapturedSampler(transformer, tokenizer, config, 64)
-    captured = [sampler(group.labels, group.generators) for group in groups]
+    captured = [sampler(cohort.labels, cohort.generators) for cohort in cohorts]
     for ours, number in zip(captured, (0, 1), strict=True):
-        group = Group.of([1] * 128, number, 5, device)
-        expected = uncaptured(transformer, tokenizer, config, group.labels, group.generators)
+        cohort = Cohort.of([1] * 128, number, 5, device)
+        expected = uncaptured(transformer, tokenizer, config, cohort.labels, cohort.generators)
         assert all(map(torch.equal, ours.indices, expected.indices))
         torch.testing.assert_close(ours.sums[-1], expected.sums[-1])
         assert decode_sampled(tokenizer, ours).isfinite().all()

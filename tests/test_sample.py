@@ -73,11 +73,11 @@ def test_a_dump_is_the_same_however_it_was_made(checkpoint, tmp_path, command, m
     assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "one.npz", "--batch=50"))[0] == 0
     usual, written = sample.Dump.write, []
 
-    def write_five(dump, group, images):
+    def write_five(dump, cohort, images):
         if len(written) == 5:
             raise OSError("interrupted")
-        written.append(group)
-        usual(dump, group, images)
+        written.append(cohort)
+        usual(dump, cohort, images)
 
     with monkeypatch.context() as patch:
         patch.setattr(sample.Dump, "write", write_five)
@@ -125,10 +125,10 @@ def test_a_full_disk_ends_a_dump_with_one_line(checkpoint, tmp_path, command, mo
     """While images are written by a thread; what was written stays, and the same command goes on."""
     usual = sample.Dump.write
 
-    def fail_at_3(dump, group, images):
-        if group == 3:
+    def fail_at_3(dump, cohort, images):
+        if cohort == 3:
             raise OSError("No space left on device")
-        usual(dump, group, images)
+        usual(dump, cohort, images)
 
     with monkeypatch.context() as patch:
         patch.setattr(sample.Dump, "write", fail_at_3)
@@ -141,15 +141,15 @@ def test_a_full_disk_ends_a_dump_with_one_line(checkpoint, tmp_path, command, mo
     assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "s.npz"))[0] == 0
 
 
-def test_groups_are_sampled_while_one_is_written(checkpoint, tmp_path, command, monkeypatch):
+def test_cohorts_are_sampled_while_one_is_written(checkpoint, tmp_path, command, monkeypatch):
     usual_write, usual_sample, sampled, seen = sample.Dump.write, sample.sample_scales, [], []
 
-    def write(dump, group, images):
+    def write(dump, cohort, images):
         deadline = time.monotonic() + 20
         while len(sampled) < 2 and time.monotonic() < deadline:  # the second one comes while the first is written
             time.sleep(0.01)
         seen.append(len(sampled))
-        usual_write(dump, group, images)
+        usual_write(dump, cohort, images)
 
     def record(*arguments):
         sampled.append(1)

@@ -65,14 +65,6 @@ def test_golden_pictures_after_every_scale(variant):
         assert_near(every(STRIDE, images), golden[f"qsr4.random.progressive.{k}"], IMAGES)
 
 
-def test_golden_growing_pictures(small):
-    model, golden = small
-    pictures = model.decode_growing(model.pyramid.split(golden["random.indices"]))
-    assert [images.shape[-1] for images in pictures] == [16, 32, 48, 64]
-    for k, images in enumerate(pictures):
-        assert_near(every(STRIDE, images), golden[f"qsr4.random.growing.{k}"], IMAGES)
-
-
 @pytest.mark.parametrize("sides", [(1, 2, 4), ((2, 1), (3, 2), (4, 4))])
 def test_golden_other_pyramid_on_the_same_weights(small, sides):
     model, golden = small
@@ -103,7 +95,6 @@ def test_rectangular_images():
     indices = model.encode(images)
     assert [scale.shape for scale in indices] == [(2, 1), (2, 6), (2, 15)]
     assert model.decode(indices).shape == images.shape
-    assert [picture.shape[2:] for picture in model.decode_growing(indices)] == [(2, 2), (4, 6), (6, 10)]
 
 
 def test_decoded_images_stay_within_their_range():

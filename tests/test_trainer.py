@@ -7,7 +7,8 @@ from torch._dynamo.testing import CompileCounter
 
 import train
 from dist import Ranks
-from models.transformer import FAMILIES, ScaleTransformer
+from models.families import FAMILIES
+from models.transformer import ScaleTransformer
 from trainer import ALL_RANKS, Trainer, step_seed
 from utils.checkpoint import load_tokenizer, load_transformer
 from utils.runs.checkpoints import checkpoints

@@ -1,7 +1,7 @@
-"""A dump of many images: made in groups by any number of ranks, resumable, and put together without holding it in memory.
+"""A dump of many images: made in cohorts by any number of ranks, resumable, and put together without holding it in memory.
 
-A group is a file of its own until all are there; then they become one .npz in a shuffled order (evaluators cut what they get
-into consecutive parts, so the Inception score of a class-sorted dump is too low), or they are PNG files already. Groups do not
+A cohort is a file of its own until all are there; then they become one .npz in a shuffled order (evaluators cut what they get
+into consecutive parts, so the Inception score of a class-sorted dump is too low), or they are PNG files already. Cohorts do not
 depend on who computes them.
 """
 
@@ -22,13 +22,13 @@ from utils.files import replace_text
 class Dump:
     """Where a dump goes and what is in it.
 
-    out: an .npz file, or a directory of PNG files. labels: of every image. group: images that are computed together.
+    out: an .npz file, or a directory of PNG files. labels: of every image. cohort: images that are computed together.
     settings: everything that the images depend on, kept with them.
     """
 
     out: Path
     labels: list[int]
-    group: int
+    cohort: int
     settings: dict
 
     @property
@@ -40,9 +40,9 @@ class Dump:
     def is_npz(self) -> bool:
         return self.settings["format"] == "npz"
 
-    def numbers(self, group: int) -> range:
-        """The images of a group."""
-        return range(group * self.group, min((group + 1) * self.group, len(self.labels)))
+    def numbers(self, cohort: int) -> range:
+        """The images of a cohort."""
+        return range(cohort * self.cohort, min((cohort + 1) * self.cohort, len(self.labels)))
 
     def is_finished(self) -> bool:
         """Whether all of just this is there, so that nothing is left to do. ValueError where another finished dump is."""
@@ -67,26 +67,26 @@ class Dump:
         replace_text(plan, json.dumps(self.settings) + "\n")
 
     def missing(self) -> list[int]:
-        """Groups that are not there yet, or not whole."""
+        """Cohorts that are not there yet, or not whole."""
         files = {path.name for path in (self.parts if self.is_npz else self.out).iterdir()}
         if self.is_npz:
-            return [group for group in self._groups() if f"{group:06d}.npy" not in files]
-        return [group for group in self._groups() if not all(self._png(n) in files for n in self.numbers(group))]
+            return [cohort for cohort in self._cohorts() if f"{cohort:06d}.npy" not in files]
+        return [cohort for cohort in self._cohorts() if not all(self._png(n) in files for n in self.numbers(cohort))]
 
-    def write(self, group: int, images: np.ndarray) -> None:
-        """images (B, H, W, 3) uint8 of one group."""
+    def write(self, cohort: int, images: np.ndarray) -> None:
+        """images (B, H, W, 3) uint8 of one cohort."""
         if self.is_npz:
-            aside = self.parts / f".{group:06d}.writing.npy"
+            aside = self.parts / f".{cohort:06d}.writing.npy"
             np.save(aside, images, allow_pickle=False)
-            os.replace(aside, self.parts / f"{group:06d}.npy")
+            os.replace(aside, self.parts / f"{cohort:06d}.npy")
             return
-        for n, image in zip(self.numbers(group), images, strict=True):
+        for n, image in zip(self.numbers(cohort), images, strict=True):
             aside = self.parts / f"{self._png(n)}"
             Image.fromarray(image).save(aside)
             os.replace(aside, self.out / self._png(n))
 
     def finish(self) -> None:
-        """Put the groups together, once none is missing."""
+        """Put the cohorts together, once none is missing."""
         if self.is_npz:
             self._write_npz()
         else:
@@ -95,15 +95,15 @@ class Dump:
 
     def _write_npz(self) -> None:
         """arr_0 (N, H, W, 3) uint8, labels (N,) and settings, image after image."""
-        groups = [np.load(self.parts / f"{group:06d}.npy", mmap_mode="r", allow_pickle=False) for group in self._groups()]
+        cohorts = [np.load(self.parts / f"{cohort:06d}.npy", mmap_mode="r", allow_pickle=False) for cohort in self._cohorts()]
         order = np.random.default_rng(self.settings["seed"]).permutation(len(self.labels))
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(order), *groups[0].shape[1:])}
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(order), *cohorts[0].shape[1:])}
         aside = self.parts / "all.npz"
         with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for n in order:
-                    member.write(groups[n // self.group][n % self.group].tobytes())
+                    member.write(cohorts[n // self.cohort][n % self.cohort].tobytes())
             others = {"labels": np.array(self.labels, np.int64)[order], "settings": np.asarray(json.dumps(self.settings))}
             for name, values in others.items():
                 with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
@@ -117,8 +117,8 @@ class Dump:
                 return f"{name} {settings.get(name)} is there, this command has {self.settings.get(name)}"
         return ""
 
-    def _groups(self) -> range:
-        return range(-(-len(self.labels) // self.group))
+    def _cohorts(self) -> range:
+        return range(-(-len(self.labels) // self.cohort))
 
     def _png(self, n: int) -> str:
         return f"{n:06d}_class{self.labels[n]:04d}.png"

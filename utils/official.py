@@ -10,6 +10,7 @@ import re
 
 from torch import Tensor
 
+from models.families import FAMILIES
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.storage import first_few
 from models.tokenizer import TokenizerConfig
@@ -154,10 +155,11 @@ def transformer_from_official(tensors: StateDict, family: str | None, source: st
     require(tensors, needed, source, "a released transformer")
     has_mamba = any(".mamba." in name for name in tensors)
     family = family or ("mvar" if has_mamba else "var")
-    if (family in ("mvar", "markov-mamba")) != has_mamba:
+    if FAMILIES[family].traits.has_mamba != has_mamba:
+        fitting = [name for name, kind in FAMILIES.items() if kind.traits.has_mamba == has_mamba]
         raise ValueError(
             f"{source}: family {family!r} does not fit, the file has {'a' if has_mamba else 'no'} Mamba part: "
-            f"give {'mvar or markov-mamba' if has_mamba else 'var or markov'}"
+            f"give {' or '.join(fitting)}"
         )
     depth = count(tensors, r"blocks\.(\d+)\.")
     width = tensors["pos_1LC"].shape[2]

@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.captured import CapturedSampler
-from models.generate import DECODER_TYPE, SampledScales, SamplingConfig, decode_sampled, exponential_noise, sample_scales
+from models.drawing import exponential_noise
+from models.generate import DECODER_TYPE, SampledScales, SamplingConfig, decode_sampled, sample_scales
 from models.layers import Modulation, modulate
 from models.pyramid import Pyramid
 from models.ssm import Mamba2

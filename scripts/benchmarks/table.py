@@ -4,6 +4,7 @@ import gc
 import itertools
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
+from models.families import FAMILIES
 from models.pyramid import Pyramid
 from models.transformer import ScaleTransformer, TransformerConfig, family_config
 from scripts.benchmarks.formats import optional
@@ -122,22 +124,12 @@ def counted(family: str, depth: int, pyramid: Pyramid, published: Published | No
 
 def attention_gflops(config: TransformerConfig) -> float:
     """Multiply-adds, in 10^9, of one image in all blocks: x to queries, keys and values, and both products with seen scores."""
-    pyramid, width = config.pyramid, config.width
     total = 0
-    for kind in config.blocks:
-        projections = 3 * pyramid.num_tokens * width**2
-        total += projections + 2 * width * sum(seen_scores(config, kind, k) for k in pyramid.scales)
+    for kind, count in Counter(config.blocks).items():
+        with torch.device("meta"):  # shapes alone
+            mixers = FAMILIES[kind].build(config.mixers(kind))
+        total += count * sum(mixer.attention_multiply_adds for mixer in mixers)
     return total / 1e9
-
-
-def seen_scores(config: TransformerConfig, kind: str, k: int) -> int:
-    """Pairs of a query of scale k and a key that it sees in a block of this kind."""
-    length, (height, width) = config.pyramid.lengths[k], config.pyramid.shapes[k]
-    if kind == "var":
-        return length * config.pyramid.offsets[k + 1]
-    if k in config.windowed_scales(kind):
-        return length * min(config.window, height) * min(config.window, width)
-    return length**2
 
 
 def trained(config: "BenchmarkConfig", device: torch.device, depth: int, family: str, published: Published | None) -> dict:

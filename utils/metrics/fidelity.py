@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dist import Ranks
-from models.generate import Group, generate, num_groups
+from models.generate import Cohort, generate, num_cohorts
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import plots
@@ -62,15 +62,15 @@ class Fidelity:
     def of_samples(self, transformer: ScaleTransformer, tokenizer: VQVAE, stop: StopRequest) -> float | None:
         """The distance of samples, drawn as for FID, from the held-out images; None where a stop was requested meanwhile."""
         ranks = self.ranks
-        groups = num_groups(self.count, ranks.device.type)
+        cohorts = num_cohorts(self.count, ranks.device.type)
         measurement = Measurement(self.extractor, "samples", keep_features=False)
-        for first in range(0, groups, ranks.world):
+        for first in range(0, cohorts, ranks.world):
             if ranks.largest(stop.number):
                 return None
-            # a rank without a group of its own makes the last again: the ranks of a sharded model compute together
-            group = Group.of(self.labels, min(first + ranks.rank, groups - 1), SEED, ranks.device)
-            made = generate(transformer, tokenizer, group.labels, generator=group.generators)
-            if first + ranks.rank < groups:
-                for images in made.images[: len(group.numbers)].split(batch_size(self.extractor)):
+            # a rank without a cohort of its own makes the last again: the ranks of a sharded model compute together
+            cohort = Cohort.of(self.labels, min(first + ranks.rank, cohorts - 1), SEED, ranks.device)
+            made = generate(transformer, tokenizer, cohort.labels, generator=cohort.generators)
+            if first + ranks.rank < cohorts:
+                for images in made.images[: len(cohort.numbers)].split(batch_size(self.extractor)):
                     measurement.add(plots.to_uint8(images))
         return frechet_distance(*measurement.result(ranks).statistics.pooled, *self.reference)

@@ -5,10 +5,11 @@ The recipes are those of the released trainers of VAR (arXiv 2404.02905) and M-V
 
 from dataclasses import dataclass
 
+from models.families import FAMILIES
 from models.pyramid import Pyramid
 from models.scan_backends import SCAN_BACKENDS
 from models.tokenizer import VQVAE
-from models.transformer import FAMILIES, TransformerConfig, family_config
+from models.transformer import TransformerConfig, family_config
 from utils.cli import flag
 from utils.data.images import check_resize
 from utils.runs.optim import SCALE_GROUPS, SCHEDULES
@@ -119,7 +120,8 @@ class TrainConfig:
             raise ValueError(f"--bs={self.bs} is no multiple of --ac={self.ac}: change one of them")
         if self.pn:
             Pyramid.parse(self.pn)
-        if self.scale_groups != "together" and (self.family != "markov" or self.global_blocks):
+        kinds = {self.family} | ({"var"} if self.global_blocks else set())
+        if self.scale_groups != "together" and any(FAMILIES[kind].traits.carries_state for kind in kinds):
             raise ValueError(
                 f"--scale_groups={self.scale_groups}: scales depend on one another in family {self.family}"
                 f"{' with --global_blocks' if self.global_blocks else ''}: only all of --family=markov can be trained so"

@@ -48,12 +48,12 @@ def training_flops(config: TransformerConfig) -> float:
     with FakeTensorMode(), torch.no_grad():
         transformer = ScaleTransformer(config)
         labels = torch.zeros(1, dtype=torch.long)
-        inputs = torch.zeros(1, config.pyramid.num_tokens - config.pyramid.lengths[0], config.code_dim)
+        inputs = torch.zeros(1, config.pyramid.num_inputs, config.code_dim)
         # attention as plain products: not every version of the counter knows every fused kernel
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             transformer(labels, inputs)
-    hidden = sum(block.mixers[0].hidden_scores for block in transformer.blocks)
-    return 3.0 * (counter.get_total_flops() - 2 * 2 * config.width * hidden)  # two products of each head's width per score
+    hidden = sum(mixer.hidden_flops for block in transformer.blocks for mixer in block.mixers)
+    return 3.0 * (counter.get_total_flops() - hidden)
 
 
 def peak_flops(device_name: str) -> float | None:
