@@ -5,10 +5,7 @@ Our format is described and written by models/storage.py: model.safetensors and 
 utils/official.py.
 """
 
-import hashlib
 from pathlib import Path
-
-from torch import nn
 
 from models.hub import HubName, download
 from models.pyramid import Pyramid
@@ -23,6 +20,7 @@ from models.storage import (
     read_tensors,
     save_model,
     weights_file,
+    weights_hash,
     write_config,
     write_tensors,
 )
@@ -156,12 +154,3 @@ def locate(source: str | Path, wanted: str) -> Path:
 def read_model_config(directory: Path, kind: str) -> TokenizerConfig | TransformerConfig:
     """The model part of config.json; ValueError where it describes the other kind of model."""
     return read_config(directory, MODELS[kind])
-
-
-def weights_hash(model: nn.Module, *further: str) -> str:
-    """SHA-256 over the names and values of all weights, and over further words."""
-    digest = hashlib.sha256("".join(further).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
