@@ -63,9 +63,8 @@ def read_tensors(path: Path) -> dict:
             return load_file(path)
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{path}: not a readable weights file ({reason}): give a .safetensors or a .pth of plain tensors"
+            f"{path}: not a readable weights file ({first_line(error)[:120]}): give a .safetensors or a .pth of plain tensors"
         ) from error
     if not isinstance(contents, dict):
         raise ValueError(f"{path}: holds a {type(contents).__name__}, not a dictionary of tensors")
@@ -152,6 +151,11 @@ def weights_hash(model: nn.Module, *further: str) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def first_few(names: list[str]) -> str:
