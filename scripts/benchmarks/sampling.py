@@ -4,7 +4,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,12 +17,10 @@ from models.pyramid import Pyramid
 from models.ssm import Mamba2
 from models.tokenizer import VQVAE, TokenizerConfig
 from models.transformer import ScaleTransformer, build_transformer
+from scripts.benchmarks.config import BenchmarkConfig
 from scripts.benchmarks.formats import optional
 from scripts.benchmarks.released import BlockCache, ReleasedSampler, decode
 from scripts.benchmarks.timing import Measured, measure
-
-if TYPE_CHECKING:
-    from scripts.benchmark import BenchmarkConfig
 
 SEED = 0
 TOLERANCE = 1e-4  # of images in [0, 1] and of Mamba's outputs
@@ -47,7 +44,7 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
 }
 
 
-def sampling(config: "BenchmarkConfig") -> list[dict]:
+def sampling(config: BenchmarkConfig) -> list[dict]:
     """Sampling
 
     Images with guidance 1.5, top-k 900 and top-p 0.96, by our code and by the way of the released samplers, written in plain

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -10,11 +9,9 @@ from tqdm import tqdm
 from models.pyramid import Pyramid
 from models.scan_backends import SCAN_BACKENDS, choose_scan_
 from models.ssm import Mamba2
+from scripts.benchmarks.config import BenchmarkConfig
 from scripts.benchmarks.formats import milliseconds
 from scripts.benchmarks.timing import Measured, measure
-
-if TYPE_CHECKING:
-    from scripts.benchmark import BenchmarkConfig
 
 COLUMNS: dict[str, tuple[str, Callable]] = {
     "tokens": ("tokens", str),
@@ -30,7 +27,7 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
 }
 
 
-def scan(config: "BenchmarkConfig") -> list[dict]:
+def scan(config: BenchmarkConfig) -> list[dict]:
     """Mamba-2 between its projections
 
     Convolution, scan and gated norm of one block, at the widths of published depths, over the tokens of a pyramid (680 at

@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,16 +16,13 @@ from dist import Ranks
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE, TokenizerConfig
 from models.transformer import ScaleTransformer
+from scripts.benchmarks.config import IMAGENET_IMAGES, NUM_CLASSES, BenchmarkConfig
 from scripts.benchmarks.formats import milliseconds
 from scripts.benchmarks.timing import wait
 from trainer import Trainer
 from utils.data.batches import TrainOrder
 from utils.runs.config import TrainConfig
 
-if TYPE_CHECKING:
-    from scripts.benchmark import BenchmarkConfig
-
-NUM_CLASSES = 1000
 COMPILED = {0: "no", 1: "reduce-overhead", 2: "max-autotune", 3: "default"}  # by --tfast
 PARTS = ("teacher_inputs", "forward", "backward", "optimizer")
 
@@ -44,7 +40,7 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
 }
 
 
-def training(config: "BenchmarkConfig") -> list[dict]:
+def training(config: BenchmarkConfig) -> list[dict]:
     """Training steps
 
     Steps of `train.py` from cached tokens (random ones), by the trainer itself, on one device: data transfer, class dropout,
@@ -71,7 +67,7 @@ def training(config: "BenchmarkConfig") -> list[dict]:
     return rows
 
 
-def training_row(config: "BenchmarkConfig", device: torch.device, run: str, depth: int, family: str, tfast: int) -> dict:
+def training_row(config: BenchmarkConfig, device: torch.device, run: str, depth: int, family: str, tfast: int) -> dict:
     precision = config.precision or ("bfloat16" if device.type == "cuda" else "float32")
     flags = {"family": family, "depth": depth, "bs": config.batch, "tfast": tfast, "scan_backend": config.scan_backend}
     fp16 = {"float32": 0, "float16": 1, "bfloat16": 2}[precision]
@@ -114,7 +110,7 @@ class RandomTokens:
     """Data for the trainer: the same batch of random tokens again and again, in a cache's format."""
 
     class_names = [str(number) for number in range(NUM_CLASSES)]
-    size, val_size, views = 1_281_167, 0, 1
+    size, val_size, views = IMAGENET_IMAGES, 0, 1
 
     def __init__(self, batch: int, pyramid: Pyramid, num_codes: int):
         generator = torch.Generator().manual_seed(0)
