@@ -9,6 +9,7 @@ from small_models import small_transformer
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.transformer import family_config
 from scripts.benchmarks import attention, length, memory, table
+from scripts.benchmarks.config import DEFAULTS
 
 benchmark = script("benchmark")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -136,6 +137,7 @@ def test_scan_is_a_row_for_every_depth_pyramid_and_backend(measure, tmp_path):
     code, shown, _ = measure("scan", "--depth=1,2", "--pn=1_2,1_2_3", "--batch=1", "--repeats=2", f"--json={out}")
     assert code == 0
     assert shown.startswith("# Mamba-2 between its projections\n")
+    assert "| forward and backward | spread | memory |" in shown  # `table` has others for these names
     rows = [row for row in json.loads(out.read_text())["rows"] if row["backend"] == "torch"]
     assert [(row["model"], row["tokens"]) for row in rows] == [("d1", 5), ("d1", 14), ("d2", 5), ("d2", 14)]
     assert all(row[f"{way}_seconds"] > 0 for row in rows for way in ("forward", "training", "scales", "prefix"))
@@ -232,6 +234,10 @@ def test_the_table_has_ours_beside_the_published(measure, tmp_path):
     # keys and values of 5 tokens; the last 3 inputs of the convolution and a state of 64 numbers per channel
     assert rows[0]["state_mib"] == pytest.approx(64 * 2 * 5 * 64 * 4 / 2**20)
     assert rows[1]["state_mib"] == pytest.approx(64 * (3 * 256 + 128 * 64) * 4 / 2**20)
+
+
+def test_every_word_on_the_command_line_is_measured():
+    assert list(benchmark.MEASUREMENTS) == list(DEFAULTS)
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ from tqdm import tqdm
 
 from models.attention import Tiling, window_mask, windowed_attention
 from scripts.benchmarks.config import BenchmarkConfig
-from scripts.benchmarks.formats import milliseconds
+from scripts.benchmarks.formats import Columns, milliseconds
 from scripts.benchmarks.timing import measure
 
 WINDOW, HEAD_DIM = 7, 64
 WAYS = ("whole", "mask", "tiles")
 
 
-COLUMNS: dict[str, tuple[str, Callable]] = {
+COLUMNS: Columns = {
     "heads": ("heads", str),
     "map": ("map", str),
     "tiles": ("tiles", str),

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.transformer import ScaleTransformer, build_transformer
 from scripts.benchmarks.config import BenchmarkConfig
+from scripts.benchmarks.formats import Columns
 from scripts.benchmarks.timing import measure
 from utils import plots
 
@@ -23,9 +24,8 @@ MODELS: dict[str, dict] = {
     "M-VAR, windows": {"family": "markov-mamba", "window_from": WINDOW_FROM},
 }
 
-COLUMNS: dict[str, tuple[str, Callable]] = {
+COLUMNS: Columns = {
     "pixels": ("image", "{} px".format),
-    "tokens": ("tokens", str),
     "token_seconds": ("time per token", lambda seconds: f"{1e6 * seconds:.4g} us"),
     "over_smallest": ("over that of the smallest image", "{:.2f}".format),
     "spread": ("spread", "{:.0%}".format),

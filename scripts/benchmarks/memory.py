@@ -16,11 +16,11 @@ from models.pyramid import STANDARD_SIDES
 from models.ssm import StateSpace
 from models.transformer import ScaleTransformer, TransformerConfig, family_config, recompute_blocks_
 from scripts.benchmarks.config import NUM_CLASSES, PIXELS, BenchmarkConfig
-from scripts.benchmarks.formats import gigabytes
+from scripts.benchmarks.formats import Columns, gigabytes
 
 TRAINING_BYTES = 4 + 4 + 8 + 4  # per parameter, float32: weight, gradient, two moments of AdamW, average
 
-COLUMNS: dict[str, tuple[str, Callable]] = {
+COLUMNS: Columns = {
     "parameters": ("parameters", lambda count: f"{count / 1e6:.1f} M"),
     "state_bytes": ("state", gigabytes),
     "activation_bytes": ("activations per image", gigabytes),

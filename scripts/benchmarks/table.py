@@ -1,11 +1,9 @@
 """The `table` command of scripts/benchmark.py: the efficiency table of MVAR (arXiv 2505.12742), published and ours."""
 
-import gc
 import itertools
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,10 +14,10 @@ from models.families import FAMILIES
 from models.pyramid import Pyramid
 from models.transformer import ScaleTransformer, TransformerConfig, family_config
 from scripts.benchmarks.config import NUM_CLASSES, BenchmarkConfig
-from scripts.benchmarks.formats import optional
+from scripts.benchmarks.formats import Columns, gigabytes, optional
 from scripts.benchmarks.memory import TRAINING_BYTES, num_parameters
 from scripts.benchmarks.sampling import Ways, random_models, state_bytes
-from scripts.benchmarks.timing import measure
+from scripts.benchmarks.timing import free, measure
 from scripts.benchmarks.training import training_row
 from utils.runs.flops import training_flops
 
@@ -46,7 +44,7 @@ PUBLISHED = {
 }
 
 
-COLUMNS: dict[str, tuple[str, Callable]] = {
+COLUMNS: Columns = {
     "sampling_seconds": ("sampling", optional("{:.3g} s".format)),
     "sampling_spread": ("spread", optional("{:.0%}".format)),
     "published_seconds": ("published", optional("{:.2f} s".format)),
@@ -60,7 +58,7 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
     "training_batch": ("training batch", optional(str)),
     "training_seconds": ("training step", optional("{:.3g} s".format)),
     "published_training_seconds": ("published", optional("{:.2f} s".format)),
-    "training_peak_bytes": ("memory, training", optional(lambda count: f"{count / 1e9:#.3g} GB")),
+    "training_peak_bytes": ("memory, training", optional(gigabytes)),
 }
 
 
@@ -87,9 +85,7 @@ def table(config: BenchmarkConfig) -> list[dict]:
         row = {"model": f"d{depth}", "family": family, "batch": config.batch}
         row |= sampled(config, device, depth, family, published) | counted(family, depth, pyramid, published)
         rows.append(row | trained(config, device, depth, family, published))
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(device)
     order = ("model", "family", "batch", *COLUMNS)
     return [{name: row[name] for name in order} for row in rows]
 

@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -11,10 +10,10 @@ import torch
 
 from models.pyramid import STANDARD_SIDES
 from scripts.benchmarks.config import BATCHES_PER_REPEAT, IMAGENET_IMAGES, NUM_CLASSES, PIXELS, BenchmarkConfig
-from scripts.benchmarks.formats import gigabytes
+from scripts.benchmarks.formats import Columns, gigabytes
 from utils.data import token_cache
 
-COLUMNS: dict[str, tuple[str, Callable]] = {
+COLUMNS: Columns = {
     "rows": ("images in the cache", "{:,}".format),
     "shards": ("shards", str),
     "batch_seconds": ("time per batch", lambda seconds: f"{1000 * seconds:.2f} ms"),

@@ -1,6 +1,5 @@
 """The `training` command of scripts/benchmark.py: steps of the real trainer on random tokens."""
 
-import gc
 import itertools
 import tempfile
 import time
@@ -17,8 +16,8 @@ from models.pyramid import Pyramid
 from models.tokenizer import VQVAE, TokenizerConfig
 from models.transformer import ScaleTransformer
 from scripts.benchmarks.config import IMAGENET_IMAGES, NUM_CLASSES, BenchmarkConfig
-from scripts.benchmarks.formats import milliseconds
-from scripts.benchmarks.timing import wait
+from scripts.benchmarks.formats import Columns, gigabytes, milliseconds, optional
+from scripts.benchmarks.timing import free, wait
 from trainer import Trainer
 from utils.data.batches import TrainOrder
 from utils.runs.config import TrainConfig
@@ -27,15 +26,14 @@ COMPILED = {0: "no", 1: "reduce-overhead", 2: "max-autotune", 3: "default"}  # b
 PARTS = ("teacher_inputs", "forward", "backward", "optimizer")
 
 
-COLUMNS: dict[str, tuple[str, Callable]] = {
-    "precision": ("precision", str),
+COLUMNS: Columns = {
     "compiled": ("compiled", str),
     "scan_backend": ("scan", str),
     "step_seconds": ("step", milliseconds),
     "step_spread": ("spread", "{:.0%}".format),
-    "mfu": ("of the peak", lambda share: "not known" if share is None else f"{share:.1%}"),
-    "peak_bytes": ("memory", lambda count: "not measured" if count is None else f"{count / 1e9:#.3g} GB"),
-    "host_waits": ("waits", lambda count: "not measured" if count is None else str(count)),
+    "mfu": ("of the peak", optional("{:.1%}".format, "not known")),
+    "peak_bytes": ("memory", optional(gigabytes, "not measured")),
+    "host_waits": ("waits", optional(str, "not measured")),
     **{f"{part}_seconds": (part.replace("_", " "), milliseconds) for part in PARTS},
 }
 
@@ -61,9 +59,7 @@ def training(config: BenchmarkConfig) -> list[dict]:
         with tempfile.TemporaryDirectory() as run:
             rows.append(training_row(config, device, run, depth, family, tfast))
         torch.compiler.reset()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(device)
     return rows
 
 
