@@ -1,13 +1,11 @@
 """The `training` command of scripts/benchmark.py: steps of the real trainer on random tokens."""
 
-import gc
 import itertools
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,35 +15,31 @@ from dist import Ranks
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE, TokenizerConfig
 from models.transformer import ScaleTransformer
-from scripts.benchmarks.formats import milliseconds
-from scripts.benchmarks.timing import wait
+from scripts.benchmarks.config import IMAGENET_IMAGES, NUM_CLASSES, BenchmarkConfig
+from scripts.benchmarks.formats import Columns, gigabytes, milliseconds, optional
+from scripts.benchmarks.timing import free, wait
 from train import NextScalePrediction, run_config
 from trainer import Trainer
 from utils.data.batches import TrainOrder
 from utils.runs.config import TrainConfig
 
-if TYPE_CHECKING:
-    from scripts.benchmark import BenchmarkConfig
-
-NUM_CLASSES = 1000
 COMPILED = {0: "no", 1: "reduce-overhead", 2: "max-autotune", 3: "default"}  # by --tfast
 PARTS = ("teacher_inputs", "forward", "backward", "optimizer")
 
 
-COLUMNS: dict[str, tuple[str, Callable]] = {
-    "precision": ("precision", str),
+COLUMNS: Columns = {
     "compiled": ("compiled", str),
     "scan_backend": ("scan", str),
     "step_seconds": ("step", milliseconds),
     "step_spread": ("spread", "{:.0%}".format),
-    "mfu": ("of the peak", lambda share: "not known" if share is None else f"{share:.1%}"),
-    "peak_bytes": ("memory", lambda count: "not measured" if count is None else f"{count / 1e9:#.3g} GB"),
-    "host_waits": ("waits", lambda count: "not measured" if count is None else str(count)),
+    "mfu": ("of the peak", optional("{:.1%}".format, "not known")),
+    "peak_bytes": ("memory", optional(gigabytes, "not measured")),
+    "host_waits": ("waits", optional(str, "not measured")),
     **{f"{part}_seconds": (part.replace("_", " "), milliseconds) for part in PARTS},
 }
 
 
-def training(config: "BenchmarkConfig") -> list[dict]:
+def training(config: BenchmarkConfig) -> list[dict]:
     """Training steps
 
     Steps of `train.py` from cached tokens (random ones), by the trainer itself, on one device: data transfer, class dropout,
@@ -66,13 +60,11 @@ def training(config: "BenchmarkConfig") -> list[dict]:
         with tempfile.TemporaryDirectory() as run:
             rows.append(training_row(config, device, run, depth, family, tfast))
         torch.compiler.reset()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(device)
     return rows
 
 
-def training_row(config: "BenchmarkConfig", device: torch.device, run: str, depth: int, family: str, tfast: int) -> dict:
+def training_row(config: BenchmarkConfig, device: torch.device, run: str, depth: int, family: str, tfast: int) -> dict:
     precision = config.precision or ("bfloat16" if device.type == "cuda" else "float32")
     flags = {"family": family, "depth": depth, "bs": config.batch, "tfast": tfast, "scan_backend": config.scan_backend}
     fp16 = {"float32": 0, "float16": 1, "bfloat16": 2}[precision]
@@ -115,7 +107,7 @@ class RandomTokens:
     """Data for the trainer: the same batch of random tokens again and again, in a cache's format."""
 
     class_names = [str(number) for number in range(NUM_CLASSES)]
-    size, val_size, views = 1_281_167, 0, 1
+    size, val_size, views = IMAGENET_IMAGES, 0, 1
 
     def __init__(self, batch: int, pyramid: Pyramid, num_codes: int):
         generator = torch.Generator().manual_seed(0)
