@@ -1,9 +1,10 @@
-"""Train the multi-scale VQVAE on a folder of images, with reconstruction and VQ losses.
+"""Train the multi-scale VQVAE on a folder of images, with reconstruction, VQ and adversarial losses.
 
-Perceptual and adversarial losses are not there yet. Codes that no vector of the last steps chose are moved onto vectors that
-look for one, or small data sets would use a fraction of the codebook. The same command resumes a run that was killed.
+Codes that no vector of the last steps chose are moved onto vectors that look for one, or small data sets would use a fraction
+of the codebook. The same command resumes a run that was killed.
 """
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist import Ranks, process_group, replicated
+from models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from models.storage import Description, read_config
 from models.tokenizer import TOKENIZER_PRESETS, VQVAE
 from trainer import Trainer
@@ -23,12 +25,15 @@ from utils import cli
 from utils.cli import flag, required
 from utils.data.images import check_resize
 from utils.data.sources import FolderData
+from utils.losses.adversarial import discriminator_loss, generator_loss, ramp
 from utils.runs.plan import learning_rate_factor
-from utils.runs.state import MODEL, Part, TrainState
+from utils.runs.state import MODEL, Part, TrainState, optimizer_section
 from utils.runs.task import Evaluation, RunConfig, StepResult, Task, autocast
 from utils.signals import StopRequest
 
 GRAD_CLIP = 1.0
+CRITIC = "discriminator"  # the part
+CRITIC_CLIP = 10.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,11 @@ class TokenizerTraining:
     l1: float = flag(0.2, "weight of the mean absolute error")
     l2: float = flag(1.0, "weight of the mean squared error")
     vq: float = flag(0.25, "weight of the codebook and commitment loss")
+    gan: float = flag(0.01, "weight of the adversarial loss, 0: no discriminator")
+    gan_from: float = flag(0.05, "share of the run after which the discriminator begins to learn")
+    gan_ramp: float = flag(0.05, "share of the run over which the adversarial loss then comes in")
+    gan_lr: float = flag(1e-3, "learning rate of the discriminator, constant")
+    gan_width: int = flag(64, "channels of its first layer")
     restart_every: int = flag(20, "steps between restarts of unused codes, in the first half of the run; 0: never")
     resize: float = flag(1.125, "images are resized to this times their final size, then cropped", "--mid_reso")
     hflip: bool = flag(False, "mirror half of the training images")
@@ -65,8 +75,13 @@ class TokenizerTraining:
         for name in ("val_every", "workers", "max_minutes", "restart_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give 0 or more")
-        if not 0 <= self.ema <= 1:
-            raise ValueError(f"--ema={self.ema}: give a share from 0 to 1")
+        for name in ("ema", "gan_from", "gan_ramp"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name}={getattr(self, name)}: give a share from 0 to 1")
+        for name in ("l1", "l2", "vq", "gan", "gan_lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name}={getattr(self, name)}: give 0 or more")
+        DiscriminatorConfig(self.gan_width)
         check_resize(self.resize)
 
 
@@ -74,6 +89,7 @@ class ImageReconstruction(Task):
     """Images are encoded, quantized and decoded; what comes out is to be what went in (VAR, arXiv 2404.02905, section 3.2)."""
 
     drawn_by_rank = "restarted codes"
+    may_start_anew = (CRITIC, optimizer_section(CRITIC))  # a run without one may go on with one
 
     def __init__(self, config: TokenizerTraining, ranks: Ranks):
         self.flags = self.config = config
@@ -91,7 +107,18 @@ class ImageReconstruction(Task):
         self.spread = self.tokenizer if ranks.world == 1 else replicated(self.tokenizer)
         optimizer = torch.optim.AdamW(self.tokenizer.parameters(), lr=config.lr, betas=(0.5, 0.9), weight_decay=0.0)
         self.parts = {MODEL: Part(self.tokenizer, optimizer, GRAD_CLIP)}
+        if config.gan:
+            self._add_discriminator()
         self.hits = torch.zeros(model.num_codes, device=ranks.device)  # of each code since the last restart
+
+    def _add_discriminator(self) -> None:
+        config = self.config
+        self.discriminator = PatchDiscriminator(DiscriminatorConfig(config.gan_width))
+        self.discriminator.init_weights()
+        self.discriminator.to(self.ranks.device)
+        self.spread_discriminator = self.discriminator if self.ranks.world == 1 else replicated(self.discriminator)
+        optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=config.gan_lr, betas=(0.5, 0.9), weight_decay=0.0)
+        self.parts[CRITIC] = Part(self.discriminator, optimizer, CRITIC_CLIP)
 
     # --- one step -------------------------------------------------------------------------------------------------------
 
@@ -111,11 +138,27 @@ class ImageReconstruction(Task):
         decoded = result.images.float()
         # -> losses -> gradients
         loss = config.l1 * F.l1_loss(decoded, images) + config.l2 * F.mse_loss(decoded, images) + config.vq * result.vq_loss
+        figures = {"loss": loss.detach(), "vq_loss": result.vq_loss.detach()}
+        if config.gan and progress >= config.gan_from:
+            judged = self._judge(state, images, decoded, figures)
+            loss = loss + config.gan * ramp(progress, config.gan_from, config.gan_ramp) * judged
         state.scaler.scale(loss).backward()
         self.hits += torch.cat(result.indices, dim=1).flatten().bincount(minlength=len(self.hits))
         error = F.mse_loss(decoded.detach().clamp(-1, 1), images)
-        figures = {"loss": loss.detach(), "vq_loss": result.vq_loss.detach(), "psnr": psnr(error)}
-        return StepResult(loss.detach(), figures, {"learning_rate": rate})
+        return StepResult(loss.detach(), figures | {"psnr": psnr(error)}, {"learning_rate": rate})
+
+    def _judge(self, state: TrainState, images: Tensor, decoded: Tensor, figures: dict[str, Tensor]) -> Tensor:
+        """The decoder's adversarial loss, (); leaves the gradients of the discriminator's own loss in it."""
+        with autocast(self.ranks.device, self.config.fp16):
+            # real and made in one batch, as they are to be told apart
+            real, made = self.spread_discriminator(torch.cat([images, decoded.detach()])).float().chunk(2)
+        own = discriminator_loss(real, made)
+        state.scaler.scale(own).backward()
+        with frozen(self.discriminator), autocast(self.ranks.device, self.config.fp16):
+            adversarial = generator_loss(self.discriminator(decoded).float())
+        figures |= {"gan_loss": adversarial.detach(), "discriminator_loss": own.detach()}
+        figures |= {"judged_real": real.detach().mean(), "judged_made": made.detach().mean()}
+        return adversarial
 
     # Differs from VAR: its tokenizer training is not public; restarts are one of the known means against unused codes.
     def _restart_codes(self, images: Tensor, step: int) -> None:
@@ -186,6 +229,16 @@ class ImageReconstruction(Task):
 def psnr(squared_error: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of a mean squared error on images in [-1, 1]."""
     return -10 * torch.log10(squared_error / 4)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, gradients pass through the model and not into it."""
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.requires_grad_(True)
 
 
 # --- the command --------------------------------------------------------------------------------------------------------

@@ -24,8 +24,11 @@ class Part:
     def advance(self, scaler: torch.amp.GradScaler) -> Tensor:
         """Apply the gradients that backward passes have left; returns their norm before clipping, (), on the device.
 
-        With loss scaling the device itself skips a step whose gradients are not finite; `scaler.update` is the caller's.
+        With loss scaling the device itself skips a step whose gradients are not finite; `scaler.update` is the caller's. A part
+        that no backward pass has reached, since its time has not come, stays as it is.
         """
+        if all(parameter.grad is None for parameter in self.model.parameters()):
+            return next(self.model.parameters()).new_zeros(())
         scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         scaler.step(self.optimizer)

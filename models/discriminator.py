@@ -1,0 +1,60 @@
+"""A patch discriminator: which parts of an image look real (PatchGAN, Isola et al. 2017, arXiv 1611.07004, section 3.2).
+
+It judges every patch on its own, so it has a number per place instead of one per image, and learns from few images. VAR's
+tokenizer training is not public; its relatives use discriminators of this kind or ones on frozen features (VQGAN, arXiv
+2012.09841, section 3.1).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+SLOPE = 0.2  # of the leaky ReLUs
+STD = 0.02  # of the initial weights where activations are normalised, as in PatchGAN
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """width: channels of the first layer; strided: layers that halve the resolution; normalize: group norm between layers."""
+
+    width: int = 64
+    strided: int = 2
+    normalize: bool = False
+
+    def __post_init__(self):
+        if self.width < 1 or self.strided < 1:
+            raise ValueError(f"discriminator of width {self.width} with {self.strided} strided layers: give at least 1 each")
+
+
+class PatchDiscriminator(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] -> (B, 1, h, w) judgements of overlapping patches: high where they look real."""
+
+    def __init__(self, config: DiscriminatorConfig):
+        super().__init__()
+        self.config = config
+        widths = [3, *(config.width * 2 ** min(i, 3) for i in range(config.strided + 1))]
+        strides = [2] * config.strided + [1]
+        self.layers = nn.ModuleList()
+        for i, (inputs, outputs, stride) in enumerate(zip(widths, widths[1:], strides, strict=False)):
+            convolution = nn.Conv2d(inputs, outputs, 4 if stride == 2 else 3, stride, padding=1)
+            norm = nn.GroupNorm(min(32, outputs), outputs) if config.normalize and i > 0 else nn.Identity()
+            self.layers.append(nn.Sequential(convolution, norm, nn.LeakyReLU(SLOPE)))
+        self.judge = nn.Conv2d(widths[-1], 1, 3, padding=1)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Small normal weights where group norm follows; else ones that keep the variance through the leaky ReLUs."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                if self.config.normalize:
+                    module.weight.normal_(0, STD, generator=generator)
+                else:
+                    nn.init.kaiming_normal_(module.weight, a=SLOPE, generator=generator)
+                module.bias.zero_()
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images
+        for layer in self.layers:
+            x = layer(x)
+        return self.judge(x)

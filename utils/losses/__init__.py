@@ -1,0 +1,1 @@
+"""Losses of the tokenizer beyond pixels; no network here scores anything."""
