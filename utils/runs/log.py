@@ -33,7 +33,7 @@ class RunLog:
         self.metrics_path, self.classes_path = directory / "metrics.jsonl", directory / "val_classes.jsonl"
         self.text_path = directory / "log.txt"
         kept = [entry for entry in read_entries(self.metrics_path) if entry["step"] <= step]
-        self.validated = {entry["step"] for entry in kept if "val_loss" in entry}
+        self.validated = {entry["step"] for entry in kept if any(name.startswith("val_") for name in entry)}
         by_class = [entry for entry in read_entries(self.classes_path) if entry["step"] in self.validated]
         for path, entries in ((self.metrics_path, kept), (self.classes_path, by_class)):
             if path.exists():
