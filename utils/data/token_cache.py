@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.config import from_dict
 from models.pyramid import Pyramid
+from models.storage import from_dict, weights_hash
 from models.tokenizer import VQVAE
-from utils.checkpoint import weights_hash
 from utils.data.batches import TrainOrder, in_order
 from utils.data.images import ImageFiles
 from utils.files import replace_text, sha256

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from models.storage import Description, write_config, write_tensors
 from models.tokenizer import TokenizerConfig
 from models.transformer import TransformerConfig
-from utils.checkpoint import Description, write_config, write_tensors
 from utils.files import aside_of, put_in_place, written_aside
 from utils.runs.checkpoints import checkpoint_path, prune, seal
 from utils.runs.shards import SHARDS, fill_from_shards_, is_sharded, shard_sizes
