@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from PIL import Image
-from torch import nn
 
 from dist import Ranks, process_group
 from utils import cli, evidence, plots
@@ -24,7 +23,7 @@ from utils.checkpoint import load_tokenizer, weights_hash
 from utils.cli import argument, flag, required
 from utils.dump import finished_settings
 from utils.metrics.distances import frechet_distance
-from utils.metrics.features import EXTRACTORS, load_extractor
+from utils.metrics.features import EXTRACTORS, Extractor, load_extractor
 from utils.metrics.image_sets import (
     FittedImages,
     ImageSet,
@@ -50,7 +49,7 @@ class EvaluateConfig:
 
     samples: str = argument("images to be scored: an .npz or a folder of PNG or JPEG")
     reference: str = argument("real images, likewise, or statistics of them")
-    extractor: str = flag("inception", EXTRACTOR_HELP, choices=EXTRACTORS)
+    extractor: str = flag("inception", EXTRACTOR_HELP, choices=tuple(EXTRACTORS))
     weights: str = flag("", "file of its weights; empty: those it comes with")
     real: str = flag("", "further real images, scored beside the samples")
     halves: bool = flag(False, "score one half of the reference against the other, beside the samples")
@@ -75,7 +74,7 @@ class StatsConfig:
 
     images: str = argument("real images: an .npz or a folder of PNG or JPEG")
     out: str = required("file to write, .npz")
-    extractor: str = flag("inception", EXTRACTOR_HELP, choices=EXTRACTORS)
+    extractor: str = flag("inception", EXTRACTOR_HELP, choices=tuple(EXTRACTORS))
     weights: str = flag("", "file of its weights; empty: those it comes with")
     batch: int = flag(0, BATCH_HELP)
     overwrite: bool = flag(False, "replace what is at --out")
@@ -95,7 +94,7 @@ class ReconstructionConfig:
     num: int = flag(
         0, "take so many of the images, evenly spread over all; 0: all; under torchrun: --num_images", "--num_images"
     )
-    extractor: str = flag("inception", EXTRACTOR_HELP, choices=EXTRACTORS)
+    extractor: str = flag("inception", EXTRACTOR_HELP, choices=tuple(EXTRACTORS))
     weights: str = flag("", "file of its weights; empty: those it comes with")
     batch: int = flag(0, BATCH_HELP)
     json: str = flag("", "also write the scores, with all settings, to this file")
@@ -141,7 +140,7 @@ def check_count(source: str, count: int, needed: int, reason: str) -> None:
 # --- measuring ----------------------------------------------------------------------------------------------------------
 
 
-def measure_reference(extractor: nn.Module, reference: Reference, batch: int, ranks: Ranks) -> Measured:
+def measure_reference(extractor: Extractor, reference: Reference, batch: int, ranks: Ranks) -> Measured:
     """Statistics that are stored count; images beside them are for precision and recall."""
     statistics = None
     if reference.statistics is not None:
@@ -184,13 +183,13 @@ def code_table(codes: dict[str, dict]) -> str:
 # --- the commands -------------------------------------------------------------------------------------------------------
 
 
-def load(config: EvaluateConfig | StatsConfig | ReconstructionConfig, ranks: Ranks) -> nn.Module:
+def load(config: EvaluateConfig | StatsConfig | ReconstructionConfig, ranks: Ranks) -> Extractor:
     """The extractor, on this rank's device."""
     for is_first in (True, False):  # the main rank downloads what is not there yet, the others find it
         with ranks.failing_together():
             if is_first == ranks.is_main:
-                extractor = load_extractor(config.extractor, config.weights)
-    return extractor.to(ranks.device)
+                extractor = load_extractor(config.extractor, config.weights, ranks.device)
+    return extractor
 
 
 def load_lpips_of_all(ranks: Ranks) -> tuple[LPIPS | None, str]:
@@ -205,7 +204,7 @@ def load_lpips_of_all(ranks: Ranks) -> tuple[LPIPS | None, str]:
 
 
 def store(
-    config: EvaluateConfig | ReconstructionConfig, figures: dict, extractor: nn.Module, batch: int, ranks: Ranks, began: float
+    config: EvaluateConfig | ReconstructionConfig, figures: dict, extractor: Extractor, batch: int, ranks: Ranks, began: float
 ) -> None:
     """The figures, with what they depend on and what they took, at --json where it is given."""
     if not config.json:

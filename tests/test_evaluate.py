@@ -6,7 +6,6 @@ import pytest
 import torch
 from commands import make_tokenizer, run_in_process, run_in_shell, script
 from PIL import Image
-from torch import nn
 
 from models.tokenizer import TokenizerConfig
 from utils.checkpoint import load_tokenizer
@@ -18,7 +17,7 @@ from utils.metrics.similarity import psnr
 evaluate = script("evaluate")
 
 
-class SmallExtractor(nn.Module):
+class SmallExtractor:
     """Mean, spread and other sums of an image instead of a network's features, fast and easy to follow."""
 
     name = "efflite0"
@@ -28,13 +27,10 @@ class SmallExtractor(nn.Module):
     num_classes = 7
     spatial_dim = 0
     fingerprint = published = "small"
+    device = torch.device("cpu")
+    weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
 
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(5, 7, generator=generator))
-
-    def forward(self, images):
+    def __call__(self, images):
         pixels = images.float() / 255
         colours = pixels.mean((1, 2))
         pooled = torch.stack([*colours.T, pixels.std((1, 2, 3)), pixels[:, 0].mean((1, 2))], dim=1)
@@ -50,21 +46,21 @@ class SpatialExtractor(SmallExtractor):
     spatial_dim = 3
     published = "another"
 
-    def forward(self, images):
-        return super().forward(images)._replace(spatial=images[:, 0, 0].float() / 255)
+    def __call__(self, images):
+        return super().__call__(images)._replace(spatial=images[:, 0, 0].float() / 255)
 
 
 class BrokenExtractor(SmallExtractor):
     """NaN for images whose first pixel is white."""
 
-    def forward(self, images):
-        features = super().forward(images)
+    def __call__(self, images):
+        features = super().__call__(images)
         return features._replace(pooled=features.pooled.where(images[:, 0, 0, :1] != 255, torch.nan))
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(evaluate, "load_extractor", lambda name, weights: SmallExtractor().requires_grad_(False))
+    monkeypatch.setattr(evaluate, "load_extractor", lambda *_: SmallExtractor())
 
 
 @pytest.fixture
@@ -107,8 +103,7 @@ def save(tmp_path, **sets):
 
 
 def features_of(images: np.ndarray) -> Features:
-    with torch.no_grad():
-        return SmallExtractor()(torch.from_numpy(images))
+    return SmallExtractor()(torch.from_numpy(images))
 
 
 # --- scores -------------------------------------------------------------------------------------------------------------
@@ -218,7 +213,7 @@ def test_the_real_network_tells_noise_from_pictures(tmp_path, command):
 
 @pytest.fixture
 def spatial(monkeypatch):
-    monkeypatch.setattr(evaluate, "load_extractor", lambda name, weights: SpatialExtractor().requires_grad_(False))
+    monkeypatch.setattr(evaluate, "load_extractor", lambda *_: SpatialExtractor())
 
 
 INCEPTION = ("--extractor=inception", "--json", "scores.json", "--overwrite")
@@ -550,7 +545,7 @@ def test_one_image_has_no_statistics(tmp_path, small, command):
 
 
 def test_features_that_are_not_finite_name_their_set(tmp_path, monkeypatch, command):
-    monkeypatch.setattr(evaluate, "load_extractor", lambda name, weights: BrokenExtractor().requires_grad_(False))
+    monkeypatch.setattr(evaluate, "load_extractor", lambda *_: BrokenExtractor())
     made = some_images(30, seed=1, brightness=120)
     made[20, 0, 0] = 255
     save(tmp_path, samples=made, real=some_images(40, brightness=120))
