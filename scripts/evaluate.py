@@ -37,7 +37,7 @@ from utils.metrics.image_sets import (
 from utils.metrics.measure import Measured, batch_size, measure
 from utils.metrics.reconstruction import BATCH, measure_reconstruction
 from utils.metrics.scores import in_halves, notes_on_distance, notes_on_scores, score
-from utils.metrics.similarity import LPIPS, WINDOW, load_lpips
+from utils.metrics.similarity import LPIPS, LPIPS_SIDE, WINDOW, load_lpips
 
 EXTRACTOR_HELP = "network that looks at the images: inception for FID, efflite0 where its weights cannot be had"
 BATCH_HELP = "images that a rank takes at a time; 0: as suits the device"
@@ -196,11 +196,11 @@ def load_lpips_of_all(ranks: Ranks) -> tuple[LPIPS | None, str]:
     """LPIPS on this rank's device, or None on all ranks with what one of them lacks."""
     for is_first in (True, False):  # the main rank downloads, as above
         if is_first == ranks.is_main:
-            lpips, lacking = load_lpips()
+            lpips, lacking = load_lpips(ranks.device)
         ranks.barrier()
     if ranks.largest(int(lpips is None)):
         return None, lacking or "is not to be had on every rank"
-    return lpips.to(ranks.device), ""
+    return lpips, ""
 
 
 def store(
@@ -283,7 +283,9 @@ def reconstruction(config: ReconstructionConfig, ranks: Ranks) -> None:
         tokenizer = load_tokenizer(config.vae).to(ranks.device)
         images = FittedImages(whole, *tokenizer.config.image_shape)
     extractor = load(config, ranks)
-    lpips, lacking = load_lpips_of_all(ranks)
+    lpips, lacking = None, f"needs {LPIPS_SIDE}x{LPIPS_SIDE} pixels"
+    if min(images.height, images.width) >= LPIPS_SIDE:
+        lpips, lacking = load_lpips_of_all(ranks)
     batch = config.batch or BATCH[ranks.device.type]
     rows = [i * whole.count // config.num for i in range(config.num)] if config.num else None
     quality = measure_reconstruction(tokenizer, images, extractor, lpips, rows=rows, batch=batch, ranks=ranks)

@@ -26,6 +26,7 @@ from utils.cli import flag, required
 from utils.data.batches import TrainOrder, train_batches, val_batches
 from utils.data.images import Images, check_resize, read_folders
 from utils.files import locked
+from utils.metrics.similarity import psnr_of_error
 from utils.runs.log import RunLog
 from utils.runs.optim import learning_rate_factor
 from utils.runs.resume import agreed_checkpoint
@@ -161,7 +162,7 @@ class TokenizerTrainer:
         self.step += 1
         self.hits += torch.cat(result.indices, dim=1).flatten().bincount(minlength=len(self.hits))
         error = F.mse_loss(result.images.detach().float().clamp(-1, 1), images)
-        return {"loss": loss.detach(), "vq_loss": result.vq_loss.detach(), "psnr": psnr(error)}
+        return {"loss": loss.detach(), "vq_loss": result.vq_loss.detach(), "psnr": psnr_of_error(error, peak=2)}
 
     # Differs from VAR: its tokenizer training is not public; restarts are one of the known means against unused codes.
     def _restart_codes(self, images: Tensor) -> None:
@@ -196,7 +197,10 @@ class TokenizerTrainer:
         tokenizer.train()
         squared_error, count = self.ranks.sum(totals)
         hits = self.ranks.sum(hits)
-        figures = {"val_psnr": psnr(squared_error / count).item(), "codes_used": (hits.sum(0) > 0).sum().item()}
+        figures = {
+            "val_psnr": psnr_of_error(squared_error / count, peak=2).item(),
+            "codes_used": (hits.sum(0) > 0).sum().item(),
+        }
         return figures | {f"codes_used_scale_{k}": (row > 0).sum().item() for k, row in enumerate(hits)}
 
     def _progress(self) -> float:
@@ -234,11 +238,6 @@ class TokenizerTrainer:
         if self.ranks.is_main:  # the sum over all ranks; the others go on from zero
             self.hits.copy_(torch.tensor(numbers["hits"]))
         return notes
-
-
-def psnr(squared_error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of a mean squared error on images in [-1, 1]."""
-    return -10 * torch.log10(squared_error / 4)
 
 
 def main() -> None:

@@ -300,23 +300,43 @@ def test_reconstructions_are_scored_against_their_originals(tmp_path, tokenizer,
         assert picture.width > 8 * 64
 
 
-def test_lpips_that_cannot_be_had_is_no_error(tmp_path, tokenizer, small, command, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_lpips", lambda: (None, "needs the package lpips"))
-    save(tmp_path, real=some_images(9, height=16, width=16))
-    code, shown, _ = command("reconstruction", "real.npz", "--vae", tokenizer, "--json", "scores.json")
-    assert code == 0
-    assert ["LPIPS", "needs the package lpips"] in [line.split(maxsplit=1) for line in shown.splitlines()]
-    stored = json.loads((tmp_path / "scores.json").read_text())
+@pytest.fixture
+def large_tokenizer(tmp_path):
+    """Of images of 32 pixels."""
+    return make_tokenizer(tmp_path / "tokenizer", TokenizerConfig((1, 2), 32, (1, 1, 1, 1, 1), 1, 32, 8))
+
+
+def reconstruct_from_shell(tmp_path, command, tokenizer) -> tuple[str, dict]:
+    """What is shown of nine images, and stored."""
+    save(tmp_path, real=some_images(9, height=32, width=32))
+    code, shown, errors = command("reconstruction", "real.npz", "--vae", tokenizer, "--json", "scores.json")
+    assert code == 0, errors
+    return shown, json.loads((tmp_path / "scores.json").read_text())
+
+
+def test_lpips_is_the_mean_over_images(tmp_path, large_tokenizer, small, command, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_lpips", lambda device: (lambda a, b: torch.arange(len(a)).double(), ""))
+    shown, stored = reconstruct_from_shell(tmp_path, command, large_tokenizer)
+    assert stored["scores"]["LPIPS"] == pytest.approx((28 + 0) / 9)  # batches of 8 and of 1
+    assert ["LPIPS", "3.1111"] in [line.split() for line in shown.splitlines()]
+
+
+def test_lpips_that_cannot_be_had_is_no_error(tmp_path, large_tokenizer, small, command, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_lpips", lambda device: (None, "needs weights of AlexNet"))
+    shown, stored = reconstruct_from_shell(tmp_path, command, large_tokenizer)
+    assert ["LPIPS", "needs weights of AlexNet"] in [line.split(maxsplit=1) for line in shown.splitlines()]
     assert stored["scores"]["LPIPS"] is None
-    assert "LPIPS needs the package lpips" in stored["notes"]
+    assert "LPIPS needs weights of AlexNet" in stored["notes"]
 
 
-def test_small_images_have_no_ssim(tmp_path, small, command):
+def test_small_images_have_no_ssim_and_no_lpips(tmp_path, small, command):
     small_tokenizer = make_tokenizer(tmp_path / "tokenizer", TokenizerConfig((1, 2), 32, (1, 1, 1), 1, 32, 8))  # 8 px
     save(tmp_path, real=some_images(9))
     code, shown, _ = command("reconstruction", "real.npz", "--vae", small_tokenizer)
     assert code == 0
-    assert ["SSIM", "needs 11x11 pixels"] in [line.split(maxsplit=1) for line in shown.splitlines()]
+    lines = [line.split(maxsplit=1) for line in shown.splitlines()]
+    assert ["SSIM", "needs 11x11 pixels"] in lines
+    assert ["LPIPS", "needs 31x31 pixels"] in lines
 
 
 def test_images_of_a_data_set_are_resized_and_spread_evenly(images, tokenizer, small, command, monkeypatch):
