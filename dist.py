@@ -76,6 +76,11 @@ class Ranks:
             torch_dist.broadcast(shared, src=0)
         return shared.tolist()
 
+    def copy_from_main_(self, values: Tensor) -> None:
+        """Overwrite a tensor with rank 0's."""
+        if self.world > 1:
+            torch_dist.broadcast(values, src=0)
+
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         self.largest(0)

@@ -38,11 +38,12 @@ from models.generate import (
     sample,
 )
 from models.scan_backends import SCAN_BACKENDS, choose_scan_
+from models.storage import weights_hash
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import cli, plots
 from utils.background import Background
-from utils.checkpoint import load_description, load_tokenizer_for, load_transformer, weights_hash
+from utils.checkpoint import load_description, load_tokenizer_for, load_transformer
 from utils.cli import flag, required
 from utils.dump import Dump, finished_settings
 from utils.evidence import commit

@@ -4,7 +4,7 @@ Inside a scale attention is bidirectional. `history=True` also sees all earlier 
 `history=False` sees the token's own scale (M-VAR, arXiv 2411.10433, section 3.2; Markov MVAR, arXiv 2505.12742, section 3.2).
 On chosen scales a k x k window limits what is seen to the neighbourhood of the token (Markov MVAR, section 3.3).
 
-Scales are attended in groups: the first, small ones together in one masked call, each later scale in one call. So the same
+The first, small scales are attended together in one masked call, each later scale in a call of its own. So the same
 code serves training (all scales) and generation (one scale), and no mask over the whole sequence exists.
 
 Windows cost time and memory linear in the tokens: a large map is cut into tiles of queries, each of which is attended with the
@@ -271,20 +271,20 @@ class Attention(nn.Module):
         first_key = 0 if self.history else first_query
         scale = 1.0 if self.normalize else 0.25 / math.sqrt(q.shape[-1])
         outputs = []
-        for group in self._groups(scales):
-            queries = self.pyramid.tokens(group)
+        for together in self._calls(scales):
+            queries = self.pyramid.tokens(together)
             keys = slice(0 if self.history else queries.start, queries.stop)
             rows = slice(queries.start - first_query, queries.stop - first_query)
             columns = slice(keys.start - first_key, keys.stop - first_key)
             parts = q[:, :, rows], k[:, :, columns], v[:, :, columns]
-            if group.start in self.windowed_scales:
-                shape = self.pyramid.shapes[group.start]
+            if together.start in self.windowed_scales:
+                shape = self.pyramid.shapes[together.start]
                 tilings = tuple(self.tilings[size] for size in shape)
                 visible = tuple(getattr(self, f"visible_{size}") for size in shape)
                 outputs.append(windowed_attention(*parts, tilings, visible, scale))
             else:
-                mask = self.leading_mask[queries, keys] if len(group) > 1 else None
-                y = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale)  # (B, H, L_of_group, D)
+                mask = self.leading_mask[queries, keys] if len(together) > 1 else None
+                y = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale)  # (B, H, L_together, D)
                 outputs.append(y.transpose(1, 2).flatten(2))
         return self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state  # (B, L_of_scales, C)
 
@@ -310,7 +310,7 @@ class Attention(nn.Module):
             k = (k / _length(k)).to(v.dtype)
         return [q, k, v]
 
-    def _groups(self, scales: range) -> list[range]:
+    def _calls(self, scales: range) -> list[range]:
         """Consecutive scales that are attended in one call."""
         leading = range(scales.start, min(scales.stop, self.num_leading))
         rest = range(max(scales.start, self.num_leading), scales.stop)

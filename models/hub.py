@@ -5,36 +5,28 @@ files that make a model (models/storage.py) and the card (models/model_card.py).
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants, errors, hf_hub_download
 
-from models.model_card import LIBRARY, TAGS, TEMPLATE, card_text, card_title, eval_results, read_scores
-from models.storage import CONFIG, WEIGHTS, Description, read_model, save_model, weights_file
+from models.model_card import Facts, card_text, eval_results, read_scores
+from models.storage import CONFIG, WEIGHTS, Description, first_line, read_model, save_model, weights_file
 
+TAGS = ["image-generation", "visual-autoregressive", "pytorch"]
+TEMPLATE = "---\n{{ card_data }}\n---\n\n{{ text }}"
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 # What the client raises; HTTPError is the base of its transport errors, which are no OSErrors.
-HUB_ERRORS = (HTTPError, EntryNotFoundError, HFValidationError, OSError)
+HUB_ERRORS = (errors.HTTPError, errors.EntryNotFoundError, errors.HFValidationError, OSError)
 
 
 class HubName(NamedTuple):
     """owner/name[@revision][:file]; without a file it means a model in our format."""
 
     repository: str
-    revision: str | None
-    file: str | None
+    revision: str | None = None
+    file: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "HubName | None":
@@ -67,37 +59,29 @@ def download(name: HubName, **options) -> Path:
 
 def _reason(error: Exception, name: HubName, file: str = "", cache: str | Path = "") -> str:
     """What went wrong between us and the hub, and the mend, in one line."""
-    page = f"{constants.ENDPOINT}/{name.repository}"
-    if isinstance(error, LocalEntryNotFoundError):  # not in the cache; its cause is why it was not downloaded
-        if isinstance(error.__cause__, OfflineModeIsEnabled):
-            return f"{file} is not in the cache {cache}: unset HF_HUB_OFFLINE to download it"
-        if error.__cause__ is None:
-            return f"{file} is not in the cache {cache}: download it without local_files_only"
-        error = error.__cause__
-    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, GatedRepoError):
-        return f"{name.repository} is for those who have accepted its conditions: accept them at {page}, then {LOG_IN}"
-    if isinstance(error, RepositoryNotFoundError):
-        return f"there is no {name.repository} on the hub, or it is private: check the spelling, or {LOG_IN}"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{name.repository} has no revision {name.revision}: see {page}/commits/main"
-    if isinstance(error, EntryNotFoundError):
-        mend = f"see {page}/tree/{name.revision or 'main'}"
-        if name.file is None:
-            mend = f"it is no model of this project: name a file of it, as in {name}:FILE, {mend}"
-        return f"{name.repository} has no {file}: {mend}"
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        mend = f"check the rights of your token, or {LOG_IN}" if status in (401, 403) else "try again later, or give a path"
-        return f"the hub at {constants.ENDPOINT} answered {status}: {mend}"
-    if isinstance(error, HTTPError):
-        return f"the hub at {constants.ENDPOINT} is out of reach ({message}): check the network, or give a path"
-    if isinstance(error, HFValidationError):
-        return f"the hub has no such names ({message}): check the spelling"
-    return f"it could not be had from the hub ({message})"
+    offline = isinstance(error.__cause__, errors.OfflineModeIsEnabled)
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ and not offline:
+        error = error.__cause__  # why what is not in the cache was not downloaded
+    repo_id, page, message = name.repository, f"{constants.ENDPOINT}/{name.repository}", first_line(error)
+    allow = "unset HF_HUB_OFFLINE to download it" if offline else "download it without local_files_only"
+    foreign = "" if name.file else f"it is no model of this project: name a file of it, as in {name}:FILE, "
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    retry = f"check the rights of your token, or {LOG_IN}" if status in (401, 403) else "try again later, or give a path"
+    reasons = {  # the first that fits
+        errors.LocalEntryNotFoundError: f"{file} is not in the cache {cache}: {allow}",
+        errors.GatedRepoError: f"{repo_id} is for those who have accepted its conditions: accept them at {page}, then {LOG_IN}",
+        errors.RepositoryNotFoundError: f"there is no {repo_id} on the hub, or it is private: check the spelling, or {LOG_IN}",
+        errors.RevisionNotFoundError: f"{repo_id} has no revision {name.revision}: see {page}/commits/main",
+        errors.EntryNotFoundError: f"{repo_id} has no {file}: {foreign}see {page}/tree/{name.revision or 'main'}",
+        errors.HfHubHTTPError: f"the hub at {constants.ENDPOINT} answered {status}: {retry}",
+        errors.HTTPError: f"the hub at {constants.ENDPOINT} is out of reach ({message}): check the network, or give a path",
+        errors.HFValidationError: f"the hub has no such names ({message}): check the spelling",
+        BaseException: f"it could not be had from the hub ({message})",
+    }
+    return next(reason for kind, reason in reasons.items() if isinstance(error, kind))
 
 
-class HubModel(PyTorchModelHubMixin, library_name=LIBRARY, tags=TAGS, model_card_template=TEMPLATE):
+class HubModel(PyTorchModelHubMixin, library_name="m-var", tags=TAGS, model_card_template=TEMPLATE):
     """from_pretrained, save_pretrained and push_to_hub, in the format of models/storage.py and with our card.
 
     A model carries its description, so that what is loaded from a run is saved with its class names, tokenizer and settings.
@@ -107,6 +91,7 @@ class HubModel(PyTorchModelHubMixin, library_name=LIBRARY, tags=TAGS, model_card
 
     config_class: ClassVar[type]  # of the one argument of the constructor
     description: Description  # of the class: its kind and nothing else
+    facts: Callable[..., Facts]  # for the card; its one argument says where the model is loaded from
 
     @classmethod
     def from_pretrained(
@@ -125,24 +110,18 @@ class HubModel(PyTorchModelHubMixin, library_name=LIBRARY, tags=TAGS, model_card
         files, runs and sharded checkpoints are read by utils.checkpoint.
         """
         directory = Path(source)
-        if directory.is_dir():
-            missing = [name for name in (CONFIG, WEIGHTS) if not (directory / name).exists()]
-            if missing:
-                raise FileNotFoundError(
-                    f"{source}: has no {' and no '.join(missing)}: give a checkpoint directory; of a run or of shards, "
-                    "scripts/export_checkpoint.py makes one"
-                )
-        else:
+        if not directory.is_dir():
             name = HubName.parse(str(source))
             if name is None or name.file is not None:
                 raise FileNotFoundError(f"{source}: no such directory: give a checkpoint directory or owner/name on the hub")
-            directory = download(
-                name._replace(revision=revision or name.revision),
-                cache_dir=cache_dir,
-                token=token,
-                force_download=force_download,
-                local_files_only=local_files_only,
-            ).parent
+            name = name._replace(revision=revision or name.revision)
+            options = {"cache_dir": cache_dir, "token": token, "force_download": force_download}
+            directory = download(name, **options, local_files_only=local_files_only).parent
+        if missing := [name for name in (CONFIG, WEIGHTS) if not (directory / name).exists()]:
+            raise FileNotFoundError(
+                f"{source}: has no {' and no '.join(missing)}: give a checkpoint directory; of a run or of shards, "
+                "scripts/export_checkpoint.py makes one"
+            )
         return read_model(cls, weights_file(directory))
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -156,25 +135,20 @@ class HubModel(PyTorchModelHubMixin, library_name=LIBRARY, tags=TAGS, model_card
         try:
             return super().push_to_hub(repo_id, model_card_kwargs={"name": repo_id, **(model_card_kwargs or {})}, **options)
         except HUB_ERRORS as error:
-            raise OSError(f"{repo_id}: not published: {_reason(error, HubName(repo_id, None, None))}") from error
+            raise OSError(f"{repo_id}: not published: {_reason(error, HubName(repo_id))}") from error
 
     def generate_model_card(
-        self,
-        *,
-        name: str | None = None,
-        scores: dict | None = None,
-        license: str | None = None,
-        dataset: str | None = None,
+        self, *, name: str | None = None, scores: dict | None = None, license: str | None = None, dataset: str | None = None
     ) -> ModelCard:
         """The README.md of the model: what it is, how to load it, how it was trained, how good it is.
 
         name: owner/name on the hub. scores: what scripts/evaluate.py --json wrote, or names with numbers such as {"FID": 3.07}.
         license: its identifier on the hub, such as "mit"; none is claimed without. dataset: on which it was scored.
         """
-        columns = read_scores(scores or {})
-        card = super().generate_model_card(text=card_text(self, name, scores or {}, columns))
+        facts, columns = self.facts(name or "DIRECTORY"), read_scores(scores or {})
+        card = super().generate_model_card(text=card_text(facts, self.description.training, scores or {}, columns))
         card.data.license = license
         if columns:
-            card.data.model_name = name or card_title(self)
-            card.data.eval_results = eval_results(columns, scores, dataset)
+            card.data.model_name = name or facts.title
+            card.data.eval_results = eval_results(scores, columns, dataset)
         return card

@@ -6,6 +6,7 @@ weights_only=True, everything else is safetensors or JSON.
 """
 
 import dataclasses
+import hashlib
 import json
 import pickle
 import struct
@@ -17,8 +18,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-from models.config import from_dict, to_dict
 
 CONFIG, WEIGHTS, AVERAGED = "config.json", "model.safetensors", "ema.safetensors"
 # What torch.load and safetensors raise on files that are damaged or something else altogether.
@@ -36,6 +35,7 @@ UNREADABLE = (
     TypeError,
     ValueError,
 )
+Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -63,9 +63,8 @@ def read_tensors(path: Path) -> dict:
             return load_file(path)
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{path}: not a readable weights file ({reason}): give a .safetensors or a .pth of plain tensors"
+            f"{path}: not a readable weights file ({first_line(error)[:120]}): give a .safetensors or a .pth of plain tensors"
         ) from error
     if not isinstance(contents, dict):
         raise ValueError(f"{path}: holds a {type(contents).__name__}, not a dictionary of tensors")
@@ -102,6 +101,18 @@ def _read_json(path: Path) -> dict:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
 
 
+def from_dict(config_class: type[Config], values: dict, source: str) -> Config:
+    """A dataclass again from its asdict. ValueError names unknown and missing keys and `source`, the file they came from."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    unknown = sorted(set(values) - set(fields))
+    missing = sorted(name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING)
+    if unknown:
+        raise ValueError(f"{source}: {config_class.__name__} has no field {', '.join(unknown)}: it was written by other code")
+    if missing:
+        raise ValueError(f"{source}: {config_class.__name__} needs {', '.join(missing)}")
+    return config_class(**values)
+
+
 def read_model(model_class: type[Model], path: Path, weights: dict[str, Tensor] | None = None, **changes) -> Model:
     """The model in eval mode, on the CPU, whose weights lie at `path`, beside their config.json.
 
@@ -133,6 +144,20 @@ def fill_(model: Model, weights: dict[str, Tensor], source: Path, seems: str = "
     return model.eval()
 
 
+def weights_hash(model: nn.Module, *further: str) -> str:
+    """SHA-256 over the names and values of all weights, and over further words."""
+    digest = hashlib.sha256("".join(further).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def first_few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -148,7 +173,7 @@ def save_model(directory: Path, model: nn.Module, description: Description) -> N
 
 def write_config(directory: Path, config: Any, description: Description) -> None:
     """config: the configuration dataclass of the model."""
-    values = {**to_dict(description), "model": to_dict(config)}
+    values = {**dataclasses.asdict(description), "model": dataclasses.asdict(config)}
     (directory / CONFIG).write_text(json.dumps(values, indent=1) + "\n")
 
 

@@ -12,11 +12,20 @@ from torch.func import functional_call
 
 from models.autoencoder import Decoder, Encoder, PixelAttention, ResidualBlock
 from models.hub import HubModel
+from models.model_card import Facts, parameter_count
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.quantizer import MultiScaleQuantizer
 from models.storage import Description
 
 DECODED_PIXELS = {"cpu": 4 * 256 * 256, "cuda": 16 * 256 * 256}  # at a time: about 1 GB in float32, 2.5 GB in half precision
+
+USAGE = """```python
+from models import VQVAE
+
+tokenizer = VQVAE.from_pretrained("{source}")
+indices = tokenizer.encode(images)  # (B, 3, H, W) in [-1, 1] -> the token maps
+images = tokenizer.decode(indices)
+```"""
 
 
 @dataclass(frozen=True)
@@ -178,3 +187,18 @@ class VQVAE(nn.Module, HubModel):
         quantized = self.quantizer(self.features(images))
         images = self.decoder(self.after_quantizer(quantized.features))
         return Reconstruction(images, quantized.indices, quantized.loss)
+
+    def facts(self, source: str = "DIRECTORY") -> Facts:
+        """What its card on the hub says; source: where it is loaded from."""
+        config = self.config
+        height, width = config.image_shape
+        rows = {
+            "resolution": f"{height}x{width} px, {config.downsampling} px per token of the finest map",
+            "pyramid": f"{config.pyramid}, {config.pyramid.num_tokens} tokens",
+            "codes": f"{config.num_codes} of {config.code_dim} numbers",
+            "channels": f"{config.channels} times {', '.join(map(str, config.multipliers))}",
+            "parameters": parameter_count(self),
+        }
+        title = f"Multi-scale VQVAE tokenizer, {height}x{width} px"
+        summary = "Images to and from a pyramid of tokens, from coarse to fine ([VAR](https://arxiv.org/abs/2404.02905))."
+        return Facts(title, summary, rows, USAGE.format(source=source))

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from models.families import FAMILIES, MixerConfig, State, check_family
 from models.hub import HubModel
 from models.layers import FeedForward, Modulation, ModulationOffset, drop_paths, modulate, modulation_projection
+from models.model_card import Facts, parameter_count
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.storage import Description
 
@@ -31,6 +32,21 @@ PRESETS = {
     **{f"d{depth}": {"depth": depth, "pixels": 256} for depth in (12, 16, 20, 24, 30, 32, 36)},
     "d36-s": {"depth": 36, "pixels": 512, "shared_modulation": True},
 }
+
+MOST_NAMES = 20  # of classes that a card lists
+USAGE = """```python
+import torch
+from models import generate
+from utils.checkpoint import load_tokenizer, load_transformer
+
+transformer = load_transformer("{source}")  # or models.ScaleTransformer.from_pretrained
+tokenizer = load_tokenizer("{tokenizer}")
+images = generate(transformer, tokenizer, torch.tensor({labels}), guidance_scale=1.5).images  # (2, 3, H, W) in [0, 1]
+```
+
+```bash
+python sample.py --ckpt {source} {vae}--out samples.png
+```"""
 
 BlockState = tuple[State | None, ...]  # one entry per mixer
 
@@ -311,6 +327,31 @@ class ScaleTransformer(nn.Module, HubModel):
                 part.mul_(scale_shift)
         self.head_modulation[-1].weight.mul_(scale_shift)
         self.head.weight.mul_(head)
+
+    def facts(self, source: str = "DIRECTORY") -> Facts:
+        """What its card on the hub says; source: where it is loaded from."""
+        config, pyramid, tokenizer = self.config, self.pyramid, self.description.tokenizer
+        height, width = pyramid.shapes[-1]
+        pixels = {sides: pixels for pixels, sides in STANDARD_SIDES.items()}.get(pyramid.sides)
+        usual = f", {pixels} px where the tokenizer has {pixels // height} px per token" if pixels else ""
+        names = self.description.class_names
+        kinds = dict.fromkeys(config.blocks)
+        rows = {
+            "family": "; ".join(f"{config.blocks.count(kind)} blocks {kind}, {FAMILIES[kind].paper}" for kind in kinds),
+            "depth, width, heads": f"{config.depth}, {config.width}, {config.heads}",
+            "parameters": parameter_count(self),
+            "pyramid": f"{pyramid}, {pyramid.num_tokens} tokens",
+            "resolution": f"{height}x{width} tokens{usual}",
+            "codes": f"{config.num_codes} of {config.code_dim} numbers",
+            "classes": str(config.num_classes) + (f": {', '.join(names)}" if 0 < len(names) <= MOST_NAMES else ""),
+            "tokenizer": f"`{tokenizer}`" if tokenizer else "not named",
+        }
+        title = f"{FAMILIES[config.blocks[-1]].title} d{config.depth}, {height}x{width} tokens"
+        summary = "Class-conditional image generation, scale by scale. "
+        summary += "The tokenizer that turns tokens into images is a model of its own."
+        labels, vae = [0, min(1, config.num_classes - 1)], "" if tokenizer else "--vae TOKENIZER "
+        usage = USAGE.format(source=source, tokenizer=tokenizer or "TOKENIZER", labels=labels, vae=vae)
+        return Facts(title, summary, rows, usage)
 
 
 def recompute_blocks_(transformer: ScaleTransformer) -> None:

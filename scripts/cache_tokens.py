@@ -24,7 +24,7 @@ from utils.cli import flag, required
 from utils.data import token_cache
 from utils.data.batches import batches_at
 from utils.data.images import ImageFiles, Images, check_resize, read_folders
-from utils.data.token_cache import ARRAYS, Plan, Shard
+from utils.data.token_cache import ARRAYS, CacheShard, Plan
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def check_directory(out: Path, plan: Plan) -> None:
         )
 
 
-def check_room(out: Path, plan: Plan, shards: list[Shard]) -> None:
+def check_room(out: Path, plan: Plan, shards: list[CacheShard]) -> None:
     """OSError, naming needed and free bytes, where these shards do not fit on the disk."""
     needed = sum(token_cache.array_bytes(count_rows(shards), 1, plan.pyramid.num_tokens).values())
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
@@ -110,7 +110,7 @@ def begin(out: Path, plan: Plan) -> None:
 
 
 def encode_shards(
-    tokenizer: VQVAE, images: Images, views: int, shards: list[Shard], out: Path, config: CacheConfig
+    tokenizer: VQVAE, images: Images, views: int, shards: list[CacheShard], out: Path, config: CacheConfig
 ) -> Iterator[int]:
     """Write these shards of one split, all views of an image behind one another; yields the images of every batch."""
     device = next(tokenizer.parameters()).device
@@ -174,7 +174,7 @@ def encode(config: CacheConfig, ranks: Ranks) -> None:
         wait_until((out / "manifest.json").exists)
 
 
-def count_rows(shards: list[Shard]) -> int:
+def count_rows(shards: list[CacheShard]) -> int:
     return sum(len(shard.rows) for shard in shards)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.families import FAMILIES
-from models.model_card import card_title
 from models.pyramid import Pyramid
 from models.storage import Description
 from models.tokenizer import VQVAE
@@ -59,7 +58,7 @@ def main() -> None:
     kind = model.description.kind
     with written_aside(out) as directory:
         save_model(directory, model, Description(kind, tokenizer=config.tokenizer or None))
-    print(f"{config.source}: {kind}, {card_title(model)}")
+    print(f"{config.source}: {kind}, {model.facts().title}")
     if kind == "transformer" and not config.family and "var" in model.config.blocks:
         print("MVAR's weights look the same: if these are, convert them with --family=markov")
     print(f"wrote it to {out}")

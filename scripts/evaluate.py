@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 from dist import Ranks, process_group
+from models.storage import weights_hash
 from utils import cli, evidence, plots
-from utils.checkpoint import load_tokenizer, weights_hash
+from utils.checkpoint import load_tokenizer
 from utils.cli import argument, flag, required
 from utils.dump import finished_settings
 from utils.metrics.distances import frechet_distance

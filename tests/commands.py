@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,11 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from models.tokenizer import VQVAE, TokenizerConfig
+from scripts.checks.processes import environment, shell_words
 from utils.checkpoint import Description, save_model
 from utils.data.fashion_mnist import export_fashion_mnist
 from utils.files import written_aside
 from utils.runs.checkpoints import checkpoints
-from utils.runs.log import read_metrics
+from utils.runs.log import read_repeatable_metrics
 from utils.runs.saving import read_numbers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,19 +82,6 @@ def run_in_process(main, arguments: list, monkeypatch, capsys) -> tuple[int, str
     return code, captured.out, captured.err
 
 
-def shell_words(*words, ranks: int = 1) -> list[str]:
-    """`python words...`, or the same under torchrun."""
-    python = [sys.executable]
-    if ranks > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*python, *map(str, words)]
-
-
-def environment(**variables) -> dict[str, str]:
-    """One thread per process: small models are many times slower with threads that wait for one another."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-
-
 def run_in_shell(*words, ranks: int = 1, timeout: float = 300, **variables) -> subprocess.CompletedProcess:
     """Run a command from the root of the repository and wait for it."""
     return subprocess.run(
@@ -141,14 +128,6 @@ def live_saved_bytes() -> Iterator[SavedBytes]:
         yield watch
 
 
-NOT_COMPARED = ("time", "images_per_second", "memory_gb")  # of metrics.jsonl: they differ from run to run
-
-
-def log_lines(run: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
-    return [{name: value for name, value in entry.items() if name not in NOT_COMPARED} for entry in read_metrics(run)]
-
-
 def assert_same_training(run: Path, other: Path) -> None:
     """Both runs ended in the same state, bit for bit, and logged the same figures on the way."""
     ours, theirs = checkpoints(run)[-1], checkpoints(other)[-1]
@@ -162,4 +141,4 @@ def assert_same_training(run: Path, other: Path) -> None:
         assert not differing, (name, differing)
     numbers = [{k: v for k, v in read_numbers(path).items() if k != "seconds"} for path in (ours, theirs)]
     assert numbers[0] == numbers[1]
-    assert log_lines(run) == log_lines(other)
+    assert read_repeatable_metrics(run) == read_repeatable_metrics(other)

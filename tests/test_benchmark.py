@@ -3,11 +3,13 @@ import json
 
 import pytest
 import torch
-from commands import run_in_process, script
+from commands import ROOT, run_in_process, script
 from small_models import small_transformer
 
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.transformer import family_config
+from scripts.benchmarks import attention, length, memory, table
+from scripts.benchmarks.config import DEFAULTS
 
 benchmark = script("benchmark")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -15,8 +17,8 @@ FAMILIES = ("var", "mvar", "markov")
 
 
 def kept(config, recompute: bool, device: torch.device = CPU, real: bool = False) -> int:
-    with contextlib.nullcontext() if real else benchmark.fake_device(device):
-        return benchmark.kept_per_image(benchmark.training_pass, config, device, recompute)
+    with contextlib.nullcontext() if real else memory.fake_device(device):
+        return memory.kept_per_image(memory.training_pass, config, device, recompute)
 
 
 @pytest.fixture
@@ -64,9 +66,9 @@ def test_mamba_keeps_inputs_and_output_of_what_it_computes_again():
     expected = 2 * (around + inputs + output) + 8  # bytes per token, with two float32 statistics of the norm
     added = (kept(mamba, False) - kept(plain, False)) / mamba.depth / num_tokens
     assert added == pytest.approx(expected, rel=0.02)  # the modulation, once per image, is not in it
-    with benchmark.fake_device(CPU):
-        inside = benchmark.kept_per_image(benchmark.mamba_pass, mamba, CPU) / num_tokens
-        assert benchmark.kept_per_image(benchmark.mamba_pass, plain, CPU) == 0
+    with memory.fake_device(CPU):
+        inside = memory.kept_per_image(memory.mamba_pass, mamba, CPU) / num_tokens
+        assert memory.kept_per_image(memory.mamba_pass, plain, CPU) == 0
     assert inside > 2 * expected
 
 
@@ -92,15 +94,15 @@ def test_memory_is_a_row_for_every_model_in_markdown_and_json(measure, tmp_path)
         assert row["state_bytes"] == 20 * row["parameters"]
         assert row["recomputed_bytes"] < row["activation_bytes"]
         assert (row["inside_mamba_bytes"] > 0) == (row["family"] == "mvar")
-    table = [line for line in shown.splitlines() if line.startswith("| ")]
-    assert table[0].startswith("| model | family | parameters | state | activations per image | recomputed |")
-    assert len(table) == 4
+    lines = [line for line in shown.splitlines() if line.startswith("| ")]
+    assert lines[0].startswith("| model | family | parameters | state | activations per image | recomputed |")
+    assert len(lines) == 4
     assert shown.startswith("# Memory of training\n")
 
 
 def test_the_document_holds_what_the_command_prints(measure):
     _, shown, _ = measure("memory", "--depth=12", "--family=var")
-    document = (benchmark.ROOT / "docs" / "memory.md").read_text()
+    document = (ROOT / "docs" / "memory.md").read_text()
     text, row = shown.split("Printed by")[0], shown.splitlines()[-1]
     assert document.startswith(text)
     assert row in document.splitlines()
@@ -135,6 +137,7 @@ def test_scan_is_a_row_for_every_depth_pyramid_and_backend(measure, tmp_path):
     code, shown, _ = measure("scan", "--depth=1,2", "--pn=1_2,1_2_3", "--batch=1", "--repeats=2", f"--json={out}")
     assert code == 0
     assert shown.startswith("# Mamba-2 between its projections\n")
+    assert "| forward and backward | spread | memory |" in shown  # `table` has others for these names
     rows = [row for row in json.loads(out.read_text())["rows"] if row["backend"] == "torch"]
     assert [(row["model"], row["tokens"]) for row in rows] == [("d1", 5), ("d1", 14), ("d2", 5), ("d2", 14)]
     assert all(row[f"{way}_seconds"] > 0 for row in rows for way in ("forward", "training", "scales", "prefix"))
@@ -180,18 +183,18 @@ def test_attention_is_a_row_for_every_map_and_number_of_heads(measure, tmp_path)
 @pytest.mark.parametrize("ending", ["", "_training"])
 def test_masks_and_tiles_are_measured_on_one_function(ending):
     torch.manual_seed(0)
-    ways = benchmark.attention.ways(2, 1, 21, CPU)
+    ways = attention.ways(2, 1, 21, CPU)
     torch.testing.assert_close(ways["tiles" + ending](), ways["mask" + ending](), atol=1e-4, rtol=1e-4)
 
 
 def test_length_compares_models_and_sizes_and_draws_them(measure, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark.length, "PIXELS", (32, 64))
+    monkeypatch.setattr(length, "PIXELS", (32, 64))
     out = tmp_path / "length.json"
     code, shown, _ = measure("length", "--repeats=1", f"--json={out}")
     assert code == 0
     rows = json.loads(out.read_text())["rows"]
     assert [(row["model"], row["tokens"]) for row in rows[:2]] == [("VAR", 30), ("VAR", 103)]
-    assert len(rows) == 2 * len(benchmark.length.MODELS)
+    assert len(rows) == 2 * len(length.MODELS)
     for small, large in zip(rows[::2], rows[1::2], strict=True):
         assert small["over_smallest"] == 1
         assert large["over_smallest"] == pytest.approx(large["token_seconds"] / small["token_seconds"])
@@ -205,11 +208,10 @@ def test_peak_memory_is_the_most_held_at_once():
         del first
         second + 1
 
-    assert benchmark.length.cpu_peak_bytes(hold_two_of_three) == pytest.approx(2 * 8000, abs=500)
+    assert length.cpu_peak_bytes(hold_two_of_three) == pytest.approx(2 * 8000, abs=500)
 
 
 def test_published_counts_and_states_of_the_table_come_out():
-    table = benchmark.table
     for (family, depth), published in table.PUBLISHED.items():
         row = table.counted(family, depth, Pyramid.standard(10), published)
         # one published figure, 81.52, is not the sum that gives the other five: that is 81.512
@@ -232,6 +234,10 @@ def test_the_table_has_ours_beside_the_published(measure, tmp_path):
     # keys and values of 5 tokens; the last 3 inputs of the convolution and a state of 64 numbers per channel
     assert rows[0]["state_mib"] == pytest.approx(64 * 2 * 5 * 64 * 4 / 2**20)
     assert rows[1]["state_mib"] == pytest.approx(64 * (3 * 256 + 128 * 64) * 4 / 2**20)
+
+
+def test_every_word_on_the_command_line_is_measured():
+    assert list(benchmark.MEASUREMENTS) == list(DEFAULTS)
 
 
 @pytest.mark.parametrize(

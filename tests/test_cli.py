@@ -1,12 +1,12 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 from commands import ROOT
 
-from models.config import from_dict, to_dict
+from models.storage import from_dict
 from utils import cli
 from utils.cli import argument, arguments, flag, required
 
@@ -100,8 +100,8 @@ def test_the_traceback_can_be_asked_for(tmp_path):
 
 def test_configuration_survives_a_dictionary_and_unknown_keys_do_not():
     example = Example("a", 7)
-    assert from_dict(Example, to_dict(example), "file") == example
+    assert from_dict(Example, asdict(example), "file") == example
     with pytest.raises(ValueError, match="file: Example has no field colour"):
-        from_dict(Example, {**to_dict(example), "colour": 1}, "file")
+        from_dict(Example, {**asdict(example), "colour": 1}, "file")
     with pytest.raises(ValueError, match="file: Example needs source"):
         from_dict(Example, {}, "file")

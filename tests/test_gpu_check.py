@@ -12,7 +12,7 @@ from commands import ROOT, environment
 def gpu_check(*words) -> subprocess.CompletedProcess:
     command = ["scripts/checks/gpu_check.sh", *map(str, words)]
     return subprocess.run(
-        command, cwd=ROOT, env=environment(PYTHON=sys.executable), capture_output=True, text=True, timeout=300, check=False
+        command, cwd=ROOT, env=environment(PYTHON=sys.executable), capture_output=True, text=True, timeout=600, check=False
     )
 
 
@@ -30,6 +30,7 @@ def test_all_its_steps_on_a_cpu(tmp_path):
     result = gpu_check("--cpu", tmp_path)
     assert result.returncode == 0, result.stderr
     correctness = json.loads((tmp_path / "correctness.json").read_text())
+    assert correctness["command"] == f"scripts/checks/gpu_check.sh --cpu {tmp_path}"
     assert correctness["tests"] > 20
     assert (correctness["exit_code"], correctness["failures"], correctness["errors"]) == (0, 0, 0)
     for name in ("scan_d16", "training_d16", "sampling_d16", "training_d24", "sampling_d24", "attention", "table"):

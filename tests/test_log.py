@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.runs.log import RunLog, clock, console_line, read_entries, read_metrics
+from utils.runs.log import RunLog, clock, console_line, read_entries, read_metrics, read_repeatable_metrics
 
 FIGURES = {
     "loss": 6.1234,
@@ -175,6 +175,14 @@ def test_files_of_others_are_named_with_the_line(tmp_path, line):
 def test_a_directory_without_metrics_is_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="no metrics.jsonl there: give the directory of a run"):
         read_metrics(tmp_path)
+
+
+def test_what_is_compared_between_runs_leaves_out_the_clock_alone(tmp_path):
+    log = RunLog(tmp_path, is_main=True)
+    log.metrics(1, FIGURES)
+    log.close()
+    kept = ("loss", "loss_last", "accuracy", "grad_norm", "learning_rate", "loss_scale")
+    assert read_repeatable_metrics(tmp_path) == [{"step": 1, **{name: FIGURES[name] for name in kept}}]
 
 
 def test_clock():

@@ -135,14 +135,14 @@ def test_a_signal_finishes_the_step_saves_and_leaves(number, whole, source, tmp_
 def test_a_signal_during_validation_leaves_it_to_the_next_run(source, tmp_path, command, monkeypatch):
     flags = [*source, "--val_every=2", "--local_out_dir_path"]
     assert command(*flags, tmp_path / "whole")[0] == 0
-    usual = Trainer.evaluate
+    usual = train.NextScalePrediction.evaluate
 
-    def evaluate_with_signal(trainer, stop):
+    def evaluate_with_signal(task, state, stop):
         os.kill(os.getpid(), signal.SIGTERM)
-        return usual(trainer, stop)
+        return usual(task, state, stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "evaluate", evaluate_with_signal)
+        patch.setattr(train.NextScalePrediction, "evaluate", evaluate_with_signal)
         assert command(*flags, tmp_path / "run")[0] == 143
     assert steps(tmp_path / "run") == ["step_2"]
     assert not any("val_loss" in entry for entry in read_metrics(tmp_path / "run"))
@@ -167,14 +167,14 @@ def test_two_ranks_under_torchrun_stop_together(source, tmp_path):
 def test_a_signal_in_the_last_validation_costs_that_validation_once(source, tmp_path, command, monkeypatch):
     """It is done by the next command and logged once, however often the finished run is started again."""
     flags = [*source, "--local_out_dir_path", tmp_path / "run"]
-    usual = Trainer.evaluate
+    usual = train.NextScalePrediction.evaluate
 
-    def evaluate_with_signal(trainer, stop):
+    def evaluate_with_signal(task, state, stop):
         os.kill(os.getpid(), signal.SIGTERM)
-        return usual(trainer, stop)
+        return usual(task, state, stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "evaluate", evaluate_with_signal)
+        patch.setattr(train.NextScalePrediction, "evaluate", evaluate_with_signal)
         assert command(*flags)[0] == 143
     for _ in range(3):
         assert command(*flags)[0] == 0

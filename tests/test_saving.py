@@ -11,7 +11,7 @@ from utils.runs import saving
 from utils.runs.checkpoints import checkpoints, seal
 from utils.runs.optim import build_adamw
 from utils.runs.saving import ShardedSaver, read_numbers, restore_, save_checkpoint
-from utils.runs.state import TrainState
+from utils.runs.state import MODEL, Part, TrainState, optimizer_tensors
 
 DESCRIPTION = Description("transformer", class_names=["cat", "dog"], tokenizer="vae.pth", training={"seed": 3})
 
@@ -30,12 +30,12 @@ def make_state(seed: int, average: bool = True) -> TrainState:
             parameter.add_(torch.randn(parameter.shape, generator=generator))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     ema = {name: weight.detach() + 1 for name, weight in model.named_parameters()} if average else {}
-    return TrainState(model, optimizer, scaler, ema, step=seed, seconds=1.5, skipped_steps=2)
+    return TrainState({MODEL: Part(model, optimizer)}, scaler, ema, step=seed, seconds=1.5, skipped_steps=2)
 
 
 def save(run, state: TrainState, keep: int = 2):
     numbers = state.numbers() | {"ranks": 1}
-    return save_checkpoint(run, state.step, state.transformer.config, DESCRIPTION, numbers, state.tensors(), keep)
+    return save_checkpoint(run, state.step, state.model.config, DESCRIPTION, numbers, state.tensors(), keep)
 
 
 def equal(state: TrainState, other: TrainState) -> bool:
@@ -56,26 +56,29 @@ def test_a_state_comes_back_whole(tmp_path):
 def test_moments_are_restored_before_the_first_step_too(tmp_path):
     state = make_state(5)
     model = small_transformer()
-    fresh = TrainState(model, build_adamw(model), torch.amp.GradScaler("cpu", enabled=False))
+    fresh = TrainState({MODEL: Part(model, build_adamw(model))}, torch.amp.GradScaler("cpu", enabled=False))
     restore_(fresh.tensors(), save(tmp_path, state))
-    for ours, theirs in zip(state.transformer.parameters(), fresh.transformer.parameters(), strict=True):
+    for ours, theirs in zip(state.model.parameters(), fresh.model.parameters(), strict=True):
         ours.grad, theirs.grad = torch.ones_like(ours), torch.ones_like(ours)
-    state.optimizer.step(), fresh.optimizer.step()
+    for each in (state, fresh):
+        each.parts[MODEL].optimizer.step()
     state.ema = {}
     assert equal(state, fresh)
 
 
 def test_averaged_weights_start_from_the_weights_where_there_were_none(tmp_path):
     state, other = make_state(5, average=False), make_state(6)
-    restore_(other.tensors(), save(tmp_path, state))
-    assert torch.equal(other.ema["head.weight"], state.transformer.head.weight)
+    lacking = restore_(other.tensors(), save(tmp_path, state), may_lack=("ema", "another"))
+    assert lacking == {"ema"}
+    other.start_anew_(lacking)
+    assert torch.equal(other.ema["head.weight"], state.model.head.weight)
 
 
 def test_a_checkpoint_is_a_model_with_a_description(tmp_path):
     state = make_state(5)
     save(tmp_path, state)
     assert torch.equal(load_transformer(tmp_path).head.bias, state.ema["head.bias"])
-    assert torch.equal(load_transformer(tmp_path, ema=False).head.bias, state.transformer.head.bias)
+    assert torch.equal(load_transformer(tmp_path, ema=False).head.bias, state.model.head.bias)
     assert load_description(tmp_path) == DESCRIPTION
 
 
@@ -111,7 +114,7 @@ def sharded_saver():
 
 
 def start(saver: ShardedSaver, run, state: TrainState) -> None:
-    saver.start(run, state.step, state.transformer.config, DESCRIPTION, state.numbers(), state.tensors(), keep=2)
+    saver.start(run, state.step, state.model.config, DESCRIPTION, state.numbers(), state.tensors(), keep=2)
 
 
 def test_shards_are_written_in_the_background_from_a_copy(sharded_saver, tmp_path, monkeypatch):
@@ -151,6 +154,7 @@ def test_a_save_that_fails_in_the_background_is_told(sharded_saver, tmp_path, mo
     ("change", "message"),
     [
         (lambda tensors: {**tensors, "model.more": torch.zeros(1)}, "model.more is missing"),
+        (lambda tensors: {**tensors, "critic.weight": torch.zeros(1)}, "critic.weight is missing"),
         (lambda tensors: {**tensors, "model.head.bias": torch.zeros(3)}, r"model.head.bias has size \(24,\), this model wants"),
     ],
 )
@@ -158,3 +162,49 @@ def test_a_state_of_another_model_is_refused(tmp_path, change, message):
     checkpoint = save(tmp_path, make_state(1))
     with pytest.raises(ValueError, match=message):
         restore_(change(make_state(2).tensors()), checkpoint)
+
+
+# --- parts and optimizers -----------------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_may_be_any(tmp_path):
+    """Also one that keeps nothing but momenta, before its first step and for parameters that never had a gradient."""
+    models = [torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "idle": torch.nn.Linear(2, 2)}) for _ in range(2)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in models]
+    models[0]["used"](torch.ones(2)).sum().backward()
+    optimizers[0].step()
+    kept, fresh = (optimizer_tensors(*pair) for pair in zip(models, optimizers, strict=True))
+    assert kept.keys() == {f"{part}.{name}.momentum_buffer" for part in ("used", "idle") for name in ("weight", "bias")}
+    assert kept.keys() == fresh.keys()
+    assert kept["used.weight.momentum_buffer"].any()
+    assert not any(tensor.any() for name, tensor in kept.items() if name.startswith("idle"))
+
+
+def test_what_adamw_has_not_kept_yet_is_as_it_starts_itself():
+    models = [small_transformer() for _ in range(2)]
+    optimizers = [build_adamw(model) for model in models]
+    optimizer_tensors(models[0], optimizers[0])
+    for _ in range(2):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            for parameter in model.parameters():
+                parameter.grad = parameter.detach().clone()
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_a_part_that_a_checkpoint_lacks_starts_anew(tmp_path):
+    """As a discriminator does that is added to a run; its optimizer has then made no step."""
+    checkpoint, state = save(tmp_path, make_state(1)), make_state(2)
+    critic = torch.nn.Linear(2, 1)
+    state.parts["critic"] = Part(critic, torch.optim.AdamW(critic.parameters()))
+    before = critic.weight.clone()
+    lacking = restore_(state.tensors(), checkpoint, may_lack=("critic", "critic_optimizer"))
+    state.start_anew_(lacking)
+    assert lacking == {"critic", "critic_optimizer"}
+    assert torch.equal(critic.weight, before)
+    assert not state.parts["critic"].optimizer.state
+    assert equal(TrainState({MODEL: state.parts[MODEL]}, state.scaler, state.ema), make_state(1))
+    again = save(tmp_path, state)
+    assert restore_(state.tensors(), again) == set()

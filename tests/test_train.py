@@ -79,7 +79,7 @@ def test_defaults_are_the_released_ones():
 def test_the_gate_of_the_feed_forward_is_initialised_as_told(flags, expected, images, tokenizer, tmp_path):
     words = [*SMALL, "--vae", tokenizer, "--data_path", images, "--local_out_dir_path", tmp_path, "--alng=0.01", "--aln=0.4"]
     config = cli.parse(TrainConfig, "", [*map(str, words), *flags])
-    transformer = train.build_trainer(config, Ranks(0, 1, torch.device("cpu"))).state.transformer
+    transformer = train.build_trainer(config, Ranks(0, 1, torch.device("cpu"))).state.model
     rows = transformer.blocks[0].modulation[-1].weight[2 * 64 : 3 * 64]
     assert rows.std().item() == pytest.approx((1 / (3 * 64)) ** 0.5 * expected, rel=0.1)
 

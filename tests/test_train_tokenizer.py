@@ -44,9 +44,9 @@ def test_a_stopped_run_goes_on_to_the_same_end(images, tmp_path, command):
     assert train("stopped")[0] == 0
     for step in (20, 30):  # stopped at step 10, between two restarts of unused codes
         shutil.rmtree(tmp_path / "stopped" / "checkpoints" / f"step_{step}")
-    code, output, _ = train("stopped")
-    assert code == 0
-    assert "from step 10" in output
+    code, output, errors = train("stopped")
+    assert code == 0, errors
+    assert "resuming at step 10" in output
     whole, stopped = (load_tokenizer(tmp_path / name) for name in ("whole", "stopped"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), stopped.parameters(), strict=True))
 

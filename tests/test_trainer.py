@@ -9,11 +9,14 @@ import train
 from dist import Ranks
 from models.families import FAMILIES
 from models.transformer import ScaleTransformer
-from trainer import ALL_RANKS, Trainer, step_seed
+from trainer import Trainer
 from utils.checkpoint import load_tokenizer, load_transformer
+from utils.data.batches import TrainOrder
 from utils.runs.checkpoints import checkpoints
 from utils.runs.config import TrainConfig
 from utils.runs.log import read_metrics
+from utils.runs.state import MODEL
+from utils.runs.task import ALL_RANKS, step_seed
 
 
 def small_trainer(images, tokenizer, run, **changes) -> Trainer:
@@ -23,13 +26,16 @@ def small_trainer(images, tokenizer, run, **changes) -> Trainer:
     torch.manual_seed(0)
     transformer = ScaleTransformer(config.transformer_config(model, 3))
     transformer.init_weights(config.alng, config.aln, config.hd)
-    return Trainer(config, transformer, model, train.FolderData(config, model), Ranks(0, 1, torch.device("cpu")))
+    data, ranks = train.build_data(config, model), Ranks(0, 1, torch.device("cpu"))
+    return Trainer(
+        train.NextScalePrediction(config, transformer, model, data, ranks), train.run_config(config, data.size), ranks
+    )
 
 
 def batches_of(trainer: Trainer):
-    config = trainer.config
-    order = train.TrainOrder(trainer.data.size, config.bs, config.seed, micro_batches=config.ac)
-    return trainer.data.train_batches(order, 0, 1000)
+    config, data = trainer.config, trainer.task.data
+    order = TrainOrder(data.size, config.batch, config.seed, micro_batches=config.micro_batches)
+    return data.train_batches(order, 0, 1000)
 
 
 def gradients(trainer: Trainer, monkeypatch) -> dict[str, torch.Tensor]:
@@ -37,7 +43,7 @@ def gradients(trainer: Trainer, monkeypatch) -> dict[str, torch.Tensor]:
     kept = {}
 
     def clip(parameters, limit):
-        kept.update({name: p.grad.clone() for name, p in trainer.state.transformer.named_parameters() if p.grad is not None})
+        kept.update({name: p.grad.clone() for name, p in trainer.state.model.named_parameters() if p.grad is not None})
         return torch.ones(())
 
     with monkeypatch.context() as patch:
@@ -48,16 +54,16 @@ def gradients(trainer: Trainer, monkeypatch) -> dict[str, torch.Tensor]:
 
 def test_training_lowers_the_validation_loss(images, tokenizer, tmp_path):
     trainer = small_trainer(images, tokenizer, tmp_path, tblr=0.05, alng=0.1, save_every=100, val_every=100)
-    before = trainer.evaluate().metrics()["loss"]
+    before = trainer.task.validate().metrics()["loss"]
     assert trainer.fit()["val_loss"] < before - 0.05
 
 
 def test_validation_is_the_training_loss_without_dropouts(images, tokenizer, tmp_path):
     """The released M-VAR validates with another computation than it trains; here both are one."""
     trainer = small_trainer(images, tokenizer, tmp_path, class_dropout=0.0, mid_reso=1.0, bs=9)
-    trainer.data.train = trainer.data.val  # the same images, in order
-    validated = trainer.evaluate()
-    trained = trainer.train_step(trainer.data.val_batches(9, 0, 1)).tally
+    trainer.task.data.train = trainer.task.data.val  # the same images, in order
+    validated = trainer.task.validate()
+    trained = trainer.train_step(trainer.task.data.val_batches(9, 0, 1))[0].outcome
     torch.testing.assert_close(trained.sums, validated.sums, atol=1e-4, rtol=0)
 
 
@@ -67,15 +73,15 @@ def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(images, toke
     for ac in (1, 2):
         trainer = small_trainer(images, tokenizer, tmp_path, class_dropout=0.5, ac=ac, tblr=0.01)
         trainer.train_step(batches_of(trainer))
-        weights.append(torch.cat([p.flatten() for p in trainer.state.transformer.parameters()]))
+        weights.append(torch.cat([p.flatten() for p in trainer.state.model.parameters()]))
     torch.testing.assert_close(*weights, atol=1e-5, rtol=0)
 
 
 def test_class_dropout_drops_its_share_and_nothing_else(images, tokenizer, tmp_path):
     trainer = small_trainer(images, tokenizer, tmp_path, class_dropout=0.25, bs=4000)
     labels = torch.full((4000,), 2)
-    dropped = trainer._drop_classes(labels, 0)
-    assert set(dropped.tolist()) == {2, trainer.state.transformer.unconditional}
+    dropped = trainer.task._drop_classes(labels, 0, 0)
+    assert set(dropped.tolist()) == {2, trainer.state.model.unconditional}
     assert (dropped != 2).float().mean().item() == pytest.approx(0.25, abs=0.03)
 
 
@@ -84,8 +90,8 @@ def test_class_dropout_drops_its_share_and_nothing_else(images, tokenizer, tmp_p
 
 def test_progressive_training_computes_no_logits_of_later_scales(images, tokenizer, tmp_path):
     trainer = small_trainer(images, tokenizer, tmp_path, pg=0.8, pg0=1)
-    assert trainer.train_step(batches_of(trainer)).num_scales == 2
-    gradient_step = trainer.state.optimizer.state[trainer.state.transformer.position_embed]["exp_avg"]
+    assert trainer.train_step(batches_of(trainer))[0].rates["scales"] == 2
+    gradient_step = trainer.state.parts[MODEL].optimizer.state[trainer.state.model.position_embed]["exp_avg"]
     assert gradient_step[:, :5].abs().sum() > 0
     assert gradient_step[:, 5:].abs().sum() == 0
 
@@ -119,13 +125,13 @@ def test_scale_groups_in_turn_need_the_memory_of_the_largest_group(images, token
         with live_saved_bytes() as watch:
             trainer.train_step(batches_of(trainer))
         peaks[mode] = watch.peak
-    trainer = small_trainer(images, tokenizer, tmp_path, family="markov")
+    task = small_trainer(images, tokenizer, tmp_path, family="markov").task
     alone = []
     for scales in (range(2), range(2, 3), range(3, 4)):
-        indices = trainer._indices(next(batches_of(trainer))[0])
+        indices = task._indices(next(batches_of(trainer))[0])
         with live_saved_bytes() as watch:
-            inputs = trainer.tokenizer.teacher_inputs(indices)
-            losses, _ = trainer._token_losses(trainer.model, torch.cat(indices, 1), inputs, torch.zeros(8).long(), scales, 0.0)
+            inputs = task.tokenizer.teacher_inputs(indices)
+            losses, _ = task._token_losses(task.spread, torch.cat(indices, 1), inputs, torch.zeros(8).long(), scales, 0.0)
             losses.sum().backward()
         alone.append(watch.peak)
     assert peaks["each"] == pytest.approx(max(alone), rel=0.02)
@@ -144,17 +150,17 @@ def test_drawn_groups_follow_the_released_schedule(images, tokenizer, tmp_path):
 
 def poison(trainer: Trainer, steps: set[int], scale: int = 2) -> None:
     """Make the loss of one scale infinite in some steps."""
-    usual = trainer._token_losses
+    usual = trainer.task._token_losses
 
     def token_losses(*arguments):
         losses, predictions = usual(*arguments)
         if trainer.state.step in steps:
-            tokens = trainer.pyramid.tokens(range(scale, scale + 1))
+            tokens = trainer.task.pyramid.tokens(range(scale, scale + 1))
             losses = losses.clone()
             losses[:, tokens] *= torch.inf
         return losses, predictions
 
-    trainer._token_losses = token_losses
+    trainer.task._token_losses = token_losses
 
 
 @pytest.mark.parametrize("fp16", [0, 2])
@@ -179,13 +185,13 @@ def test_what_is_not_finite_is_noticed_one_step_later_and_named_rightly(images, 
         trainer.train_step(batches)
 
 
-@pytest.mark.parametrize("use", ["save", "evaluate", "settle"])
+@pytest.mark.parametrize("use", ["save", "_validate", "check_step"])
 def test_nothing_uses_the_weights_of_a_step_that_was_not_finite(use, images, tokenizer, tmp_path):
     trainer = small_trainer(images, tokenizer, tmp_path)
     poison(trainer, {0})
     trainer.train_step(batches_of(trainer))
     with pytest.raises(FloatingPointError, match="step 1: the loss is inf at scale 3x3"):
-        getattr(trainer, use)()
+        getattr(trainer, use)(*((None, None) if use == "_validate" else ()))
     assert checkpoints(tmp_path) == []
 
 
@@ -211,7 +217,7 @@ def test_half_precision_ends_after_too_many_bad_steps_in_a_row(images, tokenizer
 
 def test_a_gradient_without_a_bad_loss_is_told_apart(images, tokenizer, tmp_path):
     trainer = small_trainer(images, tokenizer, tmp_path)
-    trainer.state.transformer.head.weight.register_hook(lambda gradient: gradient * torch.nan)
+    trainer.state.model.head.weight.register_hook(lambda gradient: gradient * torch.nan)
     with pytest.raises(FloatingPointError, match=r"step 1: the gradient is not finite \(largest loss 3.4.* at scale"):
         trainer.fit()
 
@@ -226,8 +232,8 @@ def test_the_loss_scale_grows_to_its_cap(images, tokenizer, tmp_path):
 
 def test_a_loss_that_is_not_finite_counts_where_the_gradient_is(images, tokenizer, tmp_path):
     trainer = small_trainer(images, tokenizer, tmp_path)
-    usual = trainer._token_losses
-    trainer._token_losses = lambda *arguments: ((r := usual(*arguments))[0] + torch.inf, r[1])
+    usual = trainer.task._token_losses
+    trainer.task._token_losses = lambda *arguments: ((r := usual(*arguments))[0] + torch.inf, r[1])
     with pytest.raises(FloatingPointError, match="step 1: the loss is inf at scale 1x1 on rank 0"):
         trainer.fit()
 
@@ -241,20 +247,20 @@ def test_a_step_takes_the_rates_clipping_and_smoothing_that_it_is_told(images, t
     """The recipe as a whole: one step of the trainer against AdamW written out."""
     flags = {"tblr": 0.32, "tclip": 0.5, "ls": 0.2, "twd": 0.3, "wp0": 1.0, "class_dropout": 0.0, "ema": 0.9}
     trainer = small_trainer(images, tokenizer, tmp_path, **flags)
-    model = trainer.state.transformer
+    model = trainer.state.model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     pixels, labels = next(batches_of(trainer))
-    indices = trainer.tokenizer.encode(pixels)
-    logits = model(labels, trainer.tokenizer.teacher_inputs(indices))
+    indices = trainer.task.tokenizer.encode(pixels)
+    logits = model(labels, trainer.task.tokenizer.teacher_inputs(indices))
     log_probabilities = logits.log_softmax(dim=-1)
     chosen = log_probabilities.gather(2, torch.cat(indices, 1)[..., None]).squeeze(2)
     loss = -(0.8 * chosen + 0.2 * log_probabilities.mean(dim=-1)).mean()
     gradients = dict(zip(before, torch.autograd.grad(loss, list(model.parameters())), strict=True))
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     assert norm > 0.5
-    result = trainer.train_step(batches_of(trainer))
-    trainer.settle()
-    assert result.grad_norm.item() == pytest.approx(norm.item(), rel=1e-4)
+    _, norms = trainer.train_step(batches_of(trainer))
+    trainer.check_step()
+    assert norms["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
     rate = 0.32 * 8 / 256  # the peak, in the first step with wp0 = 1
     for name, decays in (("head.weight", True), ("head.bias", False), ("position_embed", False)):
         clipped = gradients[name] * 0.5 / norm
@@ -268,9 +274,9 @@ def test_a_step_takes_the_rates_clipping_and_smoothing_that_it_is_told(images, t
 
 def test_utilisation_counts_the_scales_that_are_trained(images, tokenizer, tmp_path):
     trainer = small_trainer(images, tokenizer, tmp_path, peak_tflops=1.0, pg=0.9, pg0=0)
-    result = trainer.train_step(batches_of(trainer))
-    assert result.num_scales == 1
-    assert trainer._metrics(result, 100.0)["mfu"] == pytest.approx(100 * trainer.mfu_of_image / 30)
+    result, norms = trainer.train_step(batches_of(trainer))
+    assert result.rates["scales"] == 1
+    assert trainer._metrics(result, norms, 100.0)["mfu"] == pytest.approx(100 * trainer.task.mfu_of_image / 30)
 
 
 # --- compiled -----------------------------------------------------------------------------------------------------------
@@ -321,7 +327,7 @@ def test_compiled_training_with_validation_and_samples_is_training(graphs, image
 
 def test_averaged_weights_follow_the_trained_ones(images, tokenizer, tmp_path):
     trainer = small_trainer(images, tokenizer, tmp_path, tblr=0.01, max_steps=3, ema=0.5)
-    start = trainer.state.transformer.head.weight.detach().clone()
+    start = trainer.state.model.head.weight.detach().clone()
     trainer.fit()
     averaged, current = load_transformer(tmp_path), load_transformer(tmp_path, ema=False)
     assert (start - averaged.head.weight).norm() < (start - current.head.weight).norm()
@@ -330,7 +336,7 @@ def test_averaged_weights_follow_the_trained_ones(images, tokenizer, tmp_path):
 
 def test_averaged_weights_change_places_and_come_back(images, tokenizer, tmp_path):
     trainer = small_trainer(images, tokenizer, tmp_path)
-    weight, average = trainer.state.transformer.head.weight, trainer.state.ema["head.weight"]
+    weight, average = trainer.state.model.head.weight, trainer.state.ema["head.weight"]
     average.add_(1)
     before = weight.detach().clone(), average.clone()
     with trainer.state.averaged_weights():
@@ -346,7 +352,7 @@ def test_recomputation_takes_the_same_step_with_less_memory(images, tokenizer, t
         with live_saved_bytes() as watch:
             trainer.train_step(batches_of(trainer))
         peaks.append(watch.peak)
-        weights.append(torch.cat([p.flatten() for p in trainer.state.transformer.parameters()]))
+        weights.append(torch.cat([p.flatten() for p in trainer.state.model.parameters()]))
     assert torch.equal(*weights)
     assert peaks[1] < 0.6 * peaks[0]
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import SMALL, assert_same_training, log_lines, run_in_process, run_in_shell, script
+from commands import SMALL, assert_same_training, run_in_process, run_in_shell, script
 from safetensors.torch import load_file
 
 import train
 from dist import Ranks
 from utils.checkpoint import load_transformer
 from utils.runs.checkpoints import checkpoint_path, checkpoints
+from utils.runs.log import read_repeatable_metrics
 from utils.runs.saving import read_numbers
 
 LEARN = ["--tblr=0.05", "--alng=0.1", "--wp=0.1"]  # so fast that every difference between two runs shows
@@ -95,7 +96,7 @@ def assert_close_training(run: Path, other: Path, tolerance: float, mean_differe
 
     Weights are compared in the mean: AdamW turns the rounding of a gradient that is nearly zero into a whole step.
     """
-    ours, theirs = log_lines(run), log_lines(other)
+    ours, theirs = read_repeatable_metrics(run), read_repeatable_metrics(other)
     assert [entry.keys() for entry in ours] == [entry.keys() for entry in theirs]
     for name in ("loss", "val_loss", "grad_norm"):
         losses = [[entry[name] for entry in lines if name in entry] for lines in (ours, theirs)]
@@ -148,7 +149,7 @@ def test_sharded_training_in_bfloat16_is_that_of_replicas_to_its_three_digits(ru
 
 def test_validations_and_samples_on_the_way_change_nothing(runs):
     """Both gather a sharded model outside of training steps, and the averaged weights take the place of the weights."""
-    plain, validated = (log_lines(runs / name) for name in ("sharded", "sharded_validated"))
+    plain, validated = (read_repeatable_metrics(runs / name) for name in ("sharded", "sharded_validated"))
     assert [entry for entry in validated if "loss" in entry] == [entry for entry in plain if "loss" in entry]
     assert len([entry for entry in validated if "val_loss" in entry]) == 4
     ends = [shards(checkpoints(runs / name)[-1]) for name in ("sharded", "sharded_validated")]
@@ -168,7 +169,7 @@ def test_two_sharded_ranks_resume_bit_for_bit(runs):
     assert whole.keys() == resumed.keys()
     assert {name.partition(".")[0] for _, name in whole} == {"model", "ema", "optimizer"}
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    assert log_lines(runs / "sharded_whole") == log_lines(runs / "sharded_resumed")
+    assert read_repeatable_metrics(runs / "sharded_whole") == read_repeatable_metrics(runs / "sharded_resumed")
 
 
 def shards(checkpoint: Path) -> dict[tuple[str, str], torch.Tensor]:

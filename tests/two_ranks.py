@@ -6,6 +6,7 @@ is written to OUT/name.error.RANK. Two flags are not those of train.py: --poison
 second rank write small files only, as a full disk would.
 """
 
+import itertools
 import json
 import resource
 import shutil
@@ -17,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import train
-import trainer
 from dist import Ranks, process_group
 from utils import cli
 from utils.runs.checkpoints import checkpoint_path
@@ -28,16 +28,18 @@ LITTLE_ROOM = 50_000  # bytes
 
 def spoil_the_loss_of_rank_one(rank: int) -> None:
     """What --poison stands for: in the third step the second scale of the second rank is not finite."""
-    usual = trainer.Trainer._token_losses
+    usual = train.NextScalePrediction._token_losses
+
+    steps = itertools.count()  # one pass a step
 
     def token_losses(self, *arguments):
         losses, predictions = usual(self, *arguments)
-        if rank == 1 and self.state.step == 2:
+        if rank == 1 and next(steps) == 2:
             losses = losses.clone()
             losses[:, 1:5] *= torch.nan
         return losses, predictions
 
-    trainer.Trainer._token_losses = token_losses
+    train.NextScalePrediction._token_losses = token_losses
 
 
 def run(out: Path, name: str, flags: list[str], ranks: Ranks) -> None:
@@ -49,7 +51,7 @@ def run(out: Path, name: str, flags: list[str], ranks: Ranks) -> None:
             shutil.rmtree(checkpoint_path(out / words[0], int(words[1])))
         ranks.barrier()
         return
-    usual = trainer.Trainer._token_losses
+    usual = train.NextScalePrediction._token_losses
     room, largest_room = resource.getrlimit(resource.RLIMIT_FSIZE)
     if "--poison" in flags:
         spoil_the_loss_of_rank_one(ranks.rank)
@@ -64,7 +66,7 @@ def run(out: Path, name: str, flags: list[str], ranks: Ranks) -> None:
         (out / f"{action}.error.{ranks.rank}").write_text(str(error))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, largest_room))
-        trainer.Trainer._token_losses = usual
+        train.NextScalePrediction._token_losses = usual
 
 
 if __name__ == "__main__":

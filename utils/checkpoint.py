@@ -5,10 +5,7 @@ Our format is described and written by models/storage.py: model.safetensors and 
 utils/official.py.
 """
 
-import hashlib
 from pathlib import Path
-
-from torch import nn
 
 from models.hub import HubName, download
 from models.pyramid import Pyramid
@@ -23,11 +20,11 @@ from models.storage import (
     read_tensors,
     save_model,
     weights_file,
-    write_config,
+    weights_hash,
     write_tensors,
 )
-from models.tokenizer import VQVAE, TokenizerConfig
-from models.transformer import ScaleTransformer, TransformerConfig
+from models.tokenizer import VQVAE
+from models.transformer import ScaleTransformer
 from utils import official
 from utils.runs.checkpoints import latest_checkpoint
 from utils.runs.shards import SHARDS, is_sharded, read_shards
@@ -41,20 +38,13 @@ __all__ = [
     "load_tokenizer_for",
     "load_transformer",
     "locate",
-    "read_model_config",
     "read_tensors",
     "released_tokenizer",
     "released_transformer",
     "save_model",
     "weights_hash",
-    "write_config",
     "write_tensors",
 ]
-
-MODELS = {"tokenizer": VQVAE, "transformer": ScaleTransformer}
-
-
-# --- loading -----------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(source: str | Path, sides: tuple | None = None) -> VQVAE:
@@ -108,7 +98,7 @@ def load_transformer(source: str | Path, family: str | None = None, ema: bool = 
         return released_transformer(read_tensors(path), family, path)
     changes = {}
     if family is not None:
-        changes["blocks"] = (family,) * read_model_config(path.parent, "transformer").depth
+        changes["blocks"] = (family,) * read_config(path.parent, ScaleTransformer).depth
     if is_sharded(path.parent):
         weights = read_shards(path.parent, ("ema", "model") if ema else ("model",))
         return read_model(ScaleTransformer, path, weights, **changes)
@@ -151,17 +141,3 @@ def locate(source: str | Path, wanted: str) -> Path:
     if name is None or (name.file is None and path.suffix in (".pth", ".pt", ".safetensors")):
         raise FileNotFoundError(f"{source}: no such file or directory; give a {wanted} file, a directory or owner/name:file")
     return download(name)
-
-
-def read_model_config(directory: Path, kind: str) -> TokenizerConfig | TransformerConfig:
-    """The model part of config.json; ValueError where it describes the other kind of model."""
-    return read_config(directory, MODELS[kind])
-
-
-def weights_hash(model: nn.Module, *further: str) -> str:
-    """SHA-256 over the names and values of all weights, and over further words."""
-    digest = hashlib.sha256("".join(further).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

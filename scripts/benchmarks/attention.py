@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,17 +9,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.attention import Tiling, window_mask, windowed_attention
-from scripts.benchmarks.formats import milliseconds
+from scripts.benchmarks.config import BenchmarkConfig
+from scripts.benchmarks.formats import Columns, milliseconds
 from scripts.benchmarks.timing import measure
-
-if TYPE_CHECKING:
-    from scripts.benchmark import BenchmarkConfig
 
 WINDOW, HEAD_DIM = 7, 64
 WAYS = ("whole", "mask", "tiles")
 
 
-COLUMNS: dict[str, tuple[str, Callable]] = {
+COLUMNS: Columns = {
     "heads": ("heads", str),
     "map": ("map", str),
     "tiles": ("tiles", str),
@@ -30,7 +27,7 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
 }
 
 
-def attention(config: "BenchmarkConfig") -> list[dict]:
+def attention(config: BenchmarkConfig) -> list[dict]:
     """Windows on one map
 
     Attention of square maps without its projections, heads of 64 channels, float32 on CPUs and bfloat16 on GPUs, without

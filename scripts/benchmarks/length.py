@@ -4,18 +4,16 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.transformer import ScaleTransformer, build_transformer
+from scripts.benchmarks.config import BenchmarkConfig
+from scripts.benchmarks.formats import Columns
 from scripts.benchmarks.timing import measure
 from utils import plots
-
-if TYPE_CHECKING:
-    from scripts.benchmark import BenchmarkConfig
 
 DEPTH, WINDOW_FROM = 4, 13
 PIXELS = (256, 512, 1024)
@@ -26,9 +24,8 @@ MODELS: dict[str, dict] = {
     "M-VAR, windows": {"family": "markov-mamba", "window_from": WINDOW_FROM},
 }
 
-COLUMNS: dict[str, tuple[str, Callable]] = {
+COLUMNS: Columns = {
     "pixels": ("image", "{} px".format),
-    "tokens": ("tokens", str),
     "token_seconds": ("time per token", lambda seconds: f"{1e6 * seconds:.4g} us"),
     "over_smallest": ("over that of the smallest image", "{:.2f}".format),
     "spread": ("spread", "{:.0%}".format),
@@ -36,7 +33,7 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
 }
 
 
-def length(config: "BenchmarkConfig") -> list[dict]:
+def length(config: BenchmarkConfig) -> list[dict]:
     """Cost of a token by the size of the image
 
     A forward pass of whole transformers, head included, over all tokens of an image, without gradients: depth 4, width 256,

@@ -3,7 +3,6 @@
 import functools
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,20 +16,18 @@ from models.pyramid import Pyramid
 from models.ssm import Mamba2
 from models.tokenizer import VQVAE, TokenizerConfig
 from models.transformer import ScaleTransformer, build_transformer
-from scripts.benchmarks.formats import optional
+from scripts.benchmarks.config import BenchmarkConfig
+from scripts.benchmarks.formats import Columns, gigabytes, optional
 from scripts.benchmarks.released import BlockCache, ReleasedSampler, decode
 from scripts.benchmarks.timing import Measured, measure
 from utils.metrics.similarity import psnr_of_error
-
-if TYPE_CHECKING:
-    from scripts.benchmark import BenchmarkConfig
 
 SEED = 0
 TOLERANCE = 1e-4  # of images in [0, 1] and of Mamba's outputs
 HOW = SamplingConfig()  # the published one
 
 
-COLUMNS: dict[str, tuple[str, Callable]] = {
+COLUMNS: Columns = {
     "part": ("part", str),
     "released_seconds": ("released way", "{:.3f} s".format),
     "released_spread": ("spread", "{:.0%}".format),
@@ -41,13 +38,13 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
     "graph_seconds": ("ours as a CUDA graph", optional("{:.3f} s".format)),
     "released_state_bytes": ("state, released way", optional(lambda count: f"{count / 1e6:.1f} MB")),
     "ours_state_bytes": ("state, ours", optional(lambda count: f"{count / 1e6:.1f} MB")),
-    "released_peak_bytes": ("memory, released way", optional(lambda count: f"{count / 1e9:#.3g} GB")),
-    "ours_peak_bytes": ("memory, ours", optional(lambda count: f"{count / 1e9:#.3g} GB")),
+    "released_peak_bytes": ("memory, released way", optional(gigabytes)),
+    "ours_peak_bytes": ("memory, ours", optional(gigabytes)),
     "psnr": ("PSNR of the half-precision decoder", optional("{:.1f} dB".format)),
 }
 
 
-def sampling(config: "BenchmarkConfig") -> list[dict]:
+def sampling(config: BenchmarkConfig) -> list[dict]:
     """Sampling
 
     Images with guidance 1.5, top-k 900 and top-p 0.96, by our code and by the way of the released samplers, written in plain

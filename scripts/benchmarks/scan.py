@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -10,27 +9,23 @@ from tqdm import tqdm
 from models.pyramid import Pyramid
 from models.scan_backends import SCAN_BACKENDS, choose_scan_
 from models.ssm import Mamba2
-from scripts.benchmarks.formats import milliseconds
+from scripts.benchmarks.config import BenchmarkConfig
+from scripts.benchmarks.formats import Columns, gigabytes, milliseconds, optional
 from scripts.benchmarks.timing import Measured, measure
 
-if TYPE_CHECKING:
-    from scripts.benchmark import BenchmarkConfig
-
-COLUMNS: dict[str, tuple[str, Callable]] = {
-    "tokens": ("tokens", str),
-    "precision": ("precision", str),
+COLUMNS: Columns = {
     "backend": ("backend", str),
     "forward_seconds": ("forward", milliseconds),
     "forward_spread": ("spread", "{:.0%}".format),
     "training_seconds": ("forward and backward", milliseconds),
     "training_spread": ("spread", "{:.0%}".format),
-    "training_peak_bytes": ("memory", lambda count: "not measured" if count is None else f"{count / 1e9:#.3g} GB"),
+    "training_peak_bytes": ("memory", optional(gigabytes, "not measured")),
     "scales_seconds": ("scale by scale", milliseconds),
     "prefix_seconds": ("whole prefix at every scale", milliseconds),
 }
 
 
-def scan(config: "BenchmarkConfig") -> list[dict]:
+def scan(config: BenchmarkConfig) -> list[dict]:
     """Mamba-2 between its projections
 
     Convolution, scan and gated norm of one block, at the widths of published depths, over the tokens of a pyramid (680 at

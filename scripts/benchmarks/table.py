@@ -1,12 +1,10 @@
 """The `table` command of scripts/benchmark.py: the efficiency table of MVAR (arXiv 2505.12742), published and ours."""
 
-import gc
 import itertools
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,17 +13,15 @@ from tqdm import tqdm
 from models.families import FAMILIES
 from models.pyramid import Pyramid
 from models.transformer import ScaleTransformer, TransformerConfig, family_config
-from scripts.benchmarks.formats import optional
+from scripts.benchmarks.config import NUM_CLASSES, BenchmarkConfig
+from scripts.benchmarks.formats import Columns, gigabytes, optional
+from scripts.benchmarks.memory import TRAINING_BYTES, num_parameters
 from scripts.benchmarks.sampling import Ways, random_models, state_bytes
-from scripts.benchmarks.timing import measure
-from scripts.benchmarks.training import NUM_CLASSES, training_row
+from scripts.benchmarks.timing import free, measure
+from scripts.benchmarks.training import training_row
 from utils.runs.flops import training_flops
 
-if TYPE_CHECKING:
-    from scripts.benchmark import BenchmarkConfig
-
 STATE_ROWS = 2 * 32  # the published states are of 32 images with guidance, in float32
-TRAINING_BYTES = 4 + 4 + 8 + 4  # per parameter: weight, gradient, two moments of AdamW, average
 
 
 class Published(NamedTuple):
@@ -48,7 +44,7 @@ PUBLISHED = {
 }
 
 
-COLUMNS: dict[str, tuple[str, Callable]] = {
+COLUMNS: Columns = {
     "sampling_seconds": ("sampling", optional("{:.3g} s".format)),
     "sampling_spread": ("spread", optional("{:.0%}".format)),
     "published_seconds": ("published", optional("{:.2f} s".format)),
@@ -62,11 +58,11 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
     "training_batch": ("training batch", optional(str)),
     "training_seconds": ("training step", optional("{:.3g} s".format)),
     "published_training_seconds": ("published", optional("{:.2f} s".format)),
-    "training_peak_bytes": ("memory, training", optional(lambda count: f"{count / 1e9:#.3g} GB")),
+    "training_peak_bytes": ("memory, training", optional(gigabytes)),
 }
 
 
-def table(config: "BenchmarkConfig") -> list[dict]:
+def table(config: BenchmarkConfig) -> list[dict]:
     """Efficiency
 
     The figures by which MVAR compares itself with VAR, for all kinds of transformer, on this device. The published ones are of
@@ -89,14 +85,12 @@ def table(config: "BenchmarkConfig") -> list[dict]:
         row = {"model": f"d{depth}", "family": family, "batch": config.batch}
         row |= sampled(config, device, depth, family, published) | counted(family, depth, pyramid, published)
         rows.append(row | trained(config, device, depth, family, published))
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(device)
     order = ("model", "family", "batch", *COLUMNS)
     return [{name: row[name] for name in order} for row in rows]
 
 
-def sampled(config: "BenchmarkConfig", device: torch.device, depth: int, family: str, published: Published | None) -> dict:
+def sampled(config: BenchmarkConfig, device: torch.device, depth: int, family: str, published: Published | None) -> dict:
     ways = Ways(*random_models(family, depth, config.pyramids[0], device), config.batch)
     result = measure({"whole": ways.ours_whole}, config.repeats, device)["whole"]
     return {
@@ -132,13 +126,11 @@ def attention_gflops(config: TransformerConfig) -> float:
     return total / 1e9
 
 
-def trained(config: "BenchmarkConfig", device: torch.device, depth: int, family: str, published: Published | None) -> dict:
+def trained(config: BenchmarkConfig, device: torch.device, depth: int, family: str, published: Published | None) -> dict:
     """A training step, where there is room for one."""
     model = family_config(family, depth, config.pyramids[0].sides, NUM_CLASSES)
-    with FakeTensorMode():
-        parameters = sum(parameter.numel() for parameter in ScaleTransformer(model).parameters())
     step = None
-    if 1.2 * TRAINING_BYTES * parameters < available_bytes(device):
+    if 1.2 * TRAINING_BYTES * num_parameters(model) < available_bytes(device):
         with tempfile.TemporaryDirectory() as run:
             step = training_row(config, device, run, depth, family, tfast=0)
     return {

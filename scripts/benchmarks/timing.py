@@ -1,5 +1,6 @@
 """Times of things that are to be compared: taken in turn, so that what else the machine does meets all of them alike."""
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,13 @@ def wait(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free(device: torch.device) -> None:
+    """Give back the memory of what nothing refers to any more, before the next thing is measured."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _peak(call: Callable[[], object], device: torch.device) -> int | None:

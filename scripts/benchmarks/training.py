@@ -1,13 +1,11 @@
 """The `training` command of scripts/benchmark.py: steps of the real trainer on random tokens."""
 
-import gc
 import itertools
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,34 +15,31 @@ from dist import Ranks
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE, TokenizerConfig
 from models.transformer import ScaleTransformer
-from scripts.benchmarks.formats import milliseconds
-from scripts.benchmarks.timing import wait
+from scripts.benchmarks.config import IMAGENET_IMAGES, NUM_CLASSES, BenchmarkConfig
+from scripts.benchmarks.formats import Columns, gigabytes, milliseconds, optional
+from scripts.benchmarks.timing import free, wait
+from train import NextScalePrediction, run_config
 from trainer import Trainer
 from utils.data.batches import TrainOrder
 from utils.runs.config import TrainConfig
 
-if TYPE_CHECKING:
-    from scripts.benchmark import BenchmarkConfig
-
-NUM_CLASSES = 1000
 COMPILED = {0: "no", 1: "reduce-overhead", 2: "max-autotune", 3: "default"}  # by --tfast
 PARTS = ("teacher_inputs", "forward", "backward", "optimizer")
 
 
-COLUMNS: dict[str, tuple[str, Callable]] = {
-    "precision": ("precision", str),
+COLUMNS: Columns = {
     "compiled": ("compiled", str),
     "scan_backend": ("scan", str),
     "step_seconds": ("step", milliseconds),
     "step_spread": ("spread", "{:.0%}".format),
-    "mfu": ("of the peak", lambda share: "not known" if share is None else f"{share:.1%}"),
-    "peak_bytes": ("memory", lambda count: "not measured" if count is None else f"{count / 1e9:#.3g} GB"),
-    "host_waits": ("waits", lambda count: "not measured" if count is None else str(count)),
+    "mfu": ("of the peak", optional("{:.1%}".format, "not known")),
+    "peak_bytes": ("memory", optional(gigabytes, "not measured")),
+    "host_waits": ("waits", optional(str, "not measured")),
     **{f"{part}_seconds": (part.replace("_", " "), milliseconds) for part in PARTS},
 }
 
 
-def training(config: "BenchmarkConfig") -> list[dict]:
+def training(config: BenchmarkConfig) -> list[dict]:
     """Training steps
 
     Steps of `train.py` from cached tokens (random ones), by the trainer itself, on one device: data transfer, class dropout,
@@ -65,18 +60,16 @@ def training(config: "BenchmarkConfig") -> list[dict]:
         with tempfile.TemporaryDirectory() as run:
             rows.append(training_row(config, device, run, depth, family, tfast))
         torch.compiler.reset()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(device)
     return rows
 
 
-def training_row(config: "BenchmarkConfig", device: torch.device, run: str, depth: int, family: str, tfast: int) -> dict:
+def training_row(config: BenchmarkConfig, device: torch.device, run: str, depth: int, family: str, tfast: int) -> dict:
     precision = config.precision or ("bfloat16" if device.type == "cuda" else "float32")
     flags = {"family": family, "depth": depth, "bs": config.batch, "tfast": tfast, "scan_backend": config.scan_backend}
     fp16 = {"float32": 0, "float16": 1, "bfloat16": 2}[precision]
     trainer = build_trainer(TrainConfig(fp16=fp16, seed=0, local_out_dir_path=run, **flags), config.pyramids[0], device)
-    batches = trainer.data.train_batches()
+    batches = trainer.task.data.train_batches()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(3):  # kernels are compiled and tuned
@@ -92,18 +85,18 @@ def training_row(config: "BenchmarkConfig", device: torch.device, run: str, dept
     images_per_second = config.batch / median(seconds)
     waits = host_waits(trainer, batches) if device.type == "cuda" else None
     parts = split_steps(trainer, batches, config.repeats)
-    trainer.settle()
+    trainer.check_step()
     return {
         "model": f"d{depth}",
         "family": family,
         "batch": config.batch,
         "precision": precision,
         "compiled": COMPILED[tfast],
-        "scan_backend": trainer.scan_choice.backend,
+        "scan_backend": trainer.task.scan_choice.backend,
         "images_per_second": images_per_second,
         "step_seconds": median(seconds),
         "step_spread": (max(seconds) - min(seconds)) / median(seconds),
-        "mfu": trainer.mfu_of_image and trainer.mfu_of_image * images_per_second,
+        "mfu": trainer.task.mfu_of_image and trainer.task.mfu_of_image * images_per_second,
         "peak_bytes": peak_bytes,
         "host_waits": waits,
         **{f"{part}_seconds": parts[part] for part in PARTS},
@@ -114,7 +107,7 @@ class RandomTokens:
     """Data for the trainer: the same batch of random tokens again and again, in a cache's format."""
 
     class_names = [str(number) for number in range(NUM_CLASSES)]
-    size, val_size, views = 1_281_167, 0, 1
+    size, val_size, views = IMAGENET_IMAGES, 0, 1
 
     def __init__(self, batch: int, pyramid: Pyramid, num_codes: int):
         generator = torch.Generator().manual_seed(0)
@@ -135,8 +128,9 @@ def build_trainer(config: TrainConfig, pyramid: Pyramid, device: torch.device) -
     tokenizer.init_weights()
     transformer = ScaleTransformer(config.transformer_config(tokenizer, NUM_CLASSES))
     transformer.init_weights(config.alng, config.aln, config.hd)
-    data = RandomTokens(config.bs, pyramid, tokenizer.config.num_codes)
-    return Trainer(config, transformer, tokenizer, data, Ranks(0, 1, device))
+    data, ranks = RandomTokens(config.bs, pyramid, tokenizer.config.num_codes), Ranks(0, 1, device)
+    task = NextScalePrediction(config, transformer, tokenizer, data, ranks)
+    return Trainer(task, run_config(config, data.size), ranks)
 
 
 def host_waits(trainer: Trainer, batches: Iterator) -> int:
@@ -153,8 +147,8 @@ def host_waits(trainer: Trainer, batches: Iterator) -> int:
 
 def split_steps(trainer: Trainer, batches: Iterator, repeats: int) -> dict[str, float]:
     """Median seconds of the parts of a step, with the device waited for at each border between them."""
-    borders: dict[str, tuple[float, float]] = {}  # of the latest step: start and end of what is one method of the trainer
-    device = trainer.ranks.device
+    borders: dict[str, tuple[float, float]] = {}  # of the latest step: start and end of what is one method
+    task, device = trainer.task, trainer.ranks.device
 
     def watched(name: str, method: Callable) -> Callable:
         def call(*arguments):
@@ -167,14 +161,14 @@ def split_steps(trainer: Trainer, batches: Iterator, repeats: int) -> dict[str, 
 
         return call
 
-    usual = trainer.teacher_inputs, trainer._token_losses, trainer._advance
-    trainer.teacher_inputs = watched("teacher_inputs", trainer.teacher_inputs)
-    trainer._token_losses = watched("forward", trainer._token_losses)
+    usual = task.teacher_inputs, task._token_losses, trainer._advance
+    task.teacher_inputs = watched("teacher_inputs", task.teacher_inputs)
+    task._token_losses = watched("forward", task._token_losses)
     trainer._advance = watched("optimizer", trainer._advance)
     steps = []
     for _ in range(repeats):
         trainer.train_step(batches)
         borders["backward"] = borders["forward"][1], borders["optimizer"][0]
         steps.append({name: end - start for name, (start, end) in borders.items()})
-    trainer.teacher_inputs, trainer._token_losses, trainer._advance = usual
+    task.teacher_inputs, task._token_losses, trainer._advance = usual
     return {name: median(step[name] for step in steps) for name in PARTS}

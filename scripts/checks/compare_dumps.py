@@ -10,11 +10,11 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
+from scripts.checks.processes import begin, children, run
 from utils import cli, evidence
 from utils.cli import flag, required
 from utils.files import sha256
@@ -32,26 +32,12 @@ class CompareConfig:
     json: str = flag("", "file for the figures, empty: none")
 
 
-def begin(*words: str | Path | int, ranks: int = 1) -> subprocess.Popen:
-    """Start a command of this repository; its output is shown."""
-    python = [sys.executable]
-    if ranks > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.Popen([*python, *map(str, words)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def finish(process: subprocess.Popen) -> None:
-    if process.wait():
-        raise ValueError(f"sample.py ended with exit code {process.returncode}: see its message above")
-
-
 def kill_a_rank(process: subprocess.Popen, parts: Path, groups: int) -> int:
     """SIGKILL to one of the processes of torchrun once so many groups are there; returns how many groups were."""
     while process.poll() is None:
         there = len(list(parts.glob("[0-9]*.npy")))
         if there >= groups:
-            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-            os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+            os.kill(children(process.pid)[-1], signal.SIGKILL)
             process.wait()
             return there
         time.sleep(0.05)
@@ -65,11 +51,11 @@ def main() -> None:
     out.mkdir(parents=True)
     one, two = out / "one_rank.npz", out / "two_ranks.npz"
     sampling = ("sample.py", "--ckpt", config.ckpt, "--format=npz", "--num_images", config.num, "--seed=1")
-    finish(begin(*sampling, "--batch=50", "--out", one))
+    run(*sampling, "--batch=50", "--out", one)
     in_two = (*sampling, "--batch=32", "--out", two)
     process = begin(*in_two, ranks=2)
     groups = kill_a_rank(process, out / f".{two.name}.parts", int(KILLED_AT * config.num / 16))
-    finish(begin(*in_two, ranks=2))
+    run(*in_two, ranks=2)
 
     with np.load(one, allow_pickle=False) as archive:
         distinct = len({image.tobytes() for image in archive["arr_0"]})

@@ -5,16 +5,14 @@ thing that each rank draws for itself.
 """
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from scripts.checks.processes import run
 from utils import cli, evidence
 from utils.cli import flag
 from utils.data.fashion_mnist import export_fashion_mnist
@@ -34,15 +32,8 @@ class CompareConfig:
     json: str = flag("", "file for the figures, empty: none")
 
 
-def run(*words: str | Path, ranks: int = 1) -> None:
-    python = [sys.executable]
-    if ranks > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    subprocess.run([*python, *map(str, words)], cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def largest_difference(run_: Path, other: Path, name: str) -> float:
-    curves = [[entry[name] for entry in read_metrics(path) if name in entry] for path in (run_, other)]
+def largest_difference(one: Path, two: Path, name: str) -> float:
+    curves = [[entry[name] for entry in read_metrics(path) if name in entry] for path in (one, two)]
     return max(abs(a - b) for a, b in zip(*curves, strict=True))
 
 
@@ -55,18 +46,8 @@ def main() -> None:
     export_fashion_mnist(images)
     training = ("--preset=f8-32", "--resize=1", "--bs=16", "--max_steps=150")
     run("scripts/train_tokenizer.py", "--data_path", images, "--out", tokenizer, *training)
-    run(
-        "scripts/cache_tokens.py",
-        "--vae",
-        tokenizer,
-        "--data_path",
-        images,
-        "--out",
-        tokens,
-        "--resize=1",
-        "--views=2",
-        ranks=2,
-    )
+    caching = ("--resize=1", "--views=2")
+    run("scripts/cache_tokens.py", "--vae", tokenizer, "--data_path", images, "--out", tokens, *caching, ranks=2)
     flags = ["--depth=4", "--width=192", "--heads=3", "--bs=64", "--tblr=4e-3", "--alng=1e-2", "--drop_path=0", "--seed=0"]
     flags += ["--log_every=1", "--val_every=50", f"--max_steps={config.steps}", "--token_cache", tokens]
     runs = {ranks: out / f"{ranks}_rank{'s' if ranks > 1 else ''}" for ranks in (1, 2)}

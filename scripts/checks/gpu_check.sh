@@ -10,6 +10,7 @@
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 
+command="scripts/checks/gpu_check.sh${*:+ $*}"
 cpu=""
 [ "${1:-}" = "--cpu" ] && { cpu=yes; shift; }
 out=${1:-results/gpu}
@@ -32,13 +33,13 @@ export PYTHONUNBUFFERED=1
 # Seconds that a step may take, its name, and the words behind python. The later ones are left out first.
 if [ -n "$cpu" ]; then
     tests="tests/test_scan_backends.py -k adapters"
-    steps="30 scan_d16     scripts/benchmark.py scan --depth=1 --pn=1_2,1_2_3 --batch=1 --repeats=2
-           30 training_d16 scripts/benchmark.py training --depth=1 --pn=1_2_3 --batch=2 --repeats=2 --tfast=0
-           30 sampling_d16 scripts/benchmark.py sampling --family=var --depth=1 --pn=1_2 --batch=1 --repeats=1
-           30 training_d24 scripts/benchmark.py training --family=mvar --depth=1 --pn=1_2 --batch=2 --repeats=1 --tfast=0
-           30 sampling_d24 scripts/benchmark.py sampling --family=mvar --depth=1 --pn=1_2 --batch=1 --repeats=1
-           30 attention    scripts/benchmark.py attention --sides=9 --heads=1 --repeats=1
-           30 table        scripts/benchmark.py table --family=mvar --depth=1 --pn=1_2 --batch=1 --repeats=1"
+    steps="60 scan_d16     scripts/benchmark.py scan --depth=1 --pn=1_2,1_2_3 --batch=1 --repeats=2
+           60 training_d16 scripts/benchmark.py training --depth=1 --pn=1_2_3 --batch=2 --repeats=2 --tfast=0
+           60 sampling_d16 scripts/benchmark.py sampling --family=var --depth=1 --pn=1_2 --batch=1 --repeats=1
+           60 training_d24 scripts/benchmark.py training --family=mvar --depth=1 --pn=1_2 --batch=2 --repeats=1 --tfast=0
+           60 sampling_d24 scripts/benchmark.py sampling --family=mvar --depth=1 --pn=1_2 --batch=1 --repeats=1
+           60 attention    scripts/benchmark.py attention --sides=9 --heads=1 --repeats=1
+           60 table        scripts/benchmark.py table --family=mvar --depth=1 --pn=1_2 --batch=1 --repeats=1"
 else
     tests="-m gpu $(grep -l mark.gpu tests/test_*.py)" # others may need packages that are not there
     steps="170 scan_d16     scripts/benchmark.py scan --depth=16 --batch=32
@@ -76,7 +77,7 @@ run() {
 # shellcheck disable=SC2086 # words
 run correctness "$test_seconds" -m pytest -p no:cacheprovider -rs --junitxml "$out/correctness.xml" $tests
 tests_code=$code
-"$python" - "$out" "$tests_code" <<'PYTHON'
+"$python" - "$out" "$tests_code" "$command" <<'PYTHON'
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -84,15 +85,14 @@ from pathlib import Path
 sys.path.insert(0, ".")
 from utils import evidence
 
-out, code = Path(sys.argv[1]), int(sys.argv[2])
+out, code, command = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 report, counts = out / "correctness.xml", {}
 if report.exists():
     suite = ElementTree.parse(report).getroot().find("testsuite")
     counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
     counts["failed"] = [case.get("name") for case in suite if case.find("failure") is not None or case.find("error") is not None]
     report.unlink()
-sys.argv = ["scripts/checks/gpu_check.sh"]
-evidence.store(out / "correctness.json", {"exit_code": code, **counts})
+evidence.store(out / "correctness.json", {"command": command, "exit_code": code, **counts})
 print(f"               {counts or 'nothing was counted'}")
 PYTHON
 

@@ -17,23 +17,22 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from safetensors.torch import load_file
 
 from models.tokenizer import TOKENIZER_PRESETS, VQVAE
+from scripts.checks import processes
 from utils import cli, evidence
 from utils.checkpoint import Description, save_model
 from utils.cli import flag
 from utils.data.fashion_mnist import export_fashion_mnist
 from utils.files import written_aside
 from utils.runs.checkpoints import checkpoints, latest_checkpoint, step_of
-from utils.runs.log import read_entries, read_metrics
+from utils.runs.log import read_entries, read_repeatable_metrics
 from utils.runs.saving import read_numbers
 
-CLOCK_FIELDS = ("time", "images_per_second", "memory_gb")  # of metrics.jsonl: they differ from run to run
 LONGEST_WAIT = 4.0  # seconds of training before a kill
 KEEP = 2
 
@@ -64,35 +63,18 @@ def prepare(out: Path) -> list[str]:
     tokenizer.init_weights()
     with written_aside(out / "tokenizer") as directory:
         save_model(directory, tokenizer, Description("tokenizer"))
-    words = ["scripts/cache_tokens.py", "--vae", out / "tokenizer", "--data_path", out / "images", "--out", out / "tokens"]
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, env=environment())
+    processes.run("scripts/cache_tokens.py", "--vae", out / "tokenizer", "--data_path", out / "images", "--out", out / "tokens")
     flags = "--depth=3 --width=192 --heads=3 --bs=4 --ac=2 --drop_path=0.3 --ema=0.99 --seed=1 --tblr=4e-3 --log_every=1"
     return [*flags.split(), "--save_every=1", "--val_every=100", f"--keep={KEEP}", "--token_cache", str(out / "tokens")]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def start(flags: list[str], run: Path, ranks: int, output: Path) -> subprocess.Popen:
-    python = [sys.executable]
-    if ranks > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    words = [*python, "train.py", *flags, "--local_out_dir_path", str(run)]
-    with open(output, "w") as file:
-        return subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT)
+def train(flags: list[str], run: Path, ranks: int, output: Path) -> subprocess.Popen:
+    return processes.begin("train.py", *flags, "--local_out_dir_path", run, ranks=ranks, output=output)
 
 
 def wait_until_it_trains(process: subprocess.Popen, output: Path) -> None:
     while process.poll() is None and "parameters, pyramid" not in output.read_text():
         time.sleep(0.01)
-
-
-def children(pid: int) -> list[int]:
-    try:
-        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-    except FileNotFoundError:
-        return []
 
 
 def trouble(flags: list[str], run: Path, ranks: int, kills: int, most_lost: int, draw: random.Random) -> dict[str, int]:
@@ -101,7 +83,7 @@ def trouble(flags: list[str], run: Path, ranks: int, kills: int, most_lost: int,
     saved = 0
     output = run.with_suffix(".output")
     while counts["kills"] < kills:
-        process = start(flags, run, ranks, output)
+        process = train(flags, run, ranks, output)
         wait_until_it_trains(process, output)
         time.sleep(draw.uniform(0, LONGEST_WAIT))
         if process.poll() is not None:
@@ -113,7 +95,7 @@ def trouble(flags: list[str], run: Path, ranks: int, kills: int, most_lost: int,
         if ranks == 1:
             number = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
         else:
-            workers = children(process.pid)
+            workers = processes.children(process.pid)
             victims = [draw.choice(workers)] if draw.random() < 0.5 else [process.pid, *workers]
         counts["while_saving"] += any((run / "checkpoints").glob(".step_*.writing"))
         for victim in victims:
@@ -144,7 +126,7 @@ def logged_steps(run: Path) -> list[int]:
 
 def finish(flags: list[str], run: Path, ranks: int) -> None:
     output = run.with_suffix(".output")
-    if start(flags, run, ranks, output).wait() != 0:
+    if train(flags, run, ranks, output).wait() != 0:
         raise ValueError(f"the run could not be finished: see {output}")
 
 
@@ -158,7 +140,7 @@ def same(run: Path, other: Path) -> bool:
     ]
     same_tensors = tensors[0].keys() == tensors[1].keys() and all(torch.equal(tensors[0][k], tensors[1][k]) for k in tensors[0])
     numbers = [read_numbers(end) | {"seconds": 0.0} for end in ends]
-    logs = [[{k: v for k, v in line.items() if k not in CLOCK_FIELDS} for line in read_metrics(path)] for path in (run, other)]
+    logs = [read_repeatable_metrics(path) for path in (run, other)]
     return same_tensors and numbers[0] == numbers[1] and logs[0] == logs[1]
 
 

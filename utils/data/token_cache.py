@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.config import from_dict
 from models.pyramid import Pyramid
+from models.storage import from_dict, weights_hash
 from models.tokenizer import VQVAE
-from utils.checkpoint import weights_hash
 from utils.data.batches import TrainOrder, in_order
 from utils.data.images import ImageFiles
 from utils.files import replace_text, sha256
@@ -32,7 +31,7 @@ UNFINISHED = re.compile(r"\.((train|val)_\d{5,}_(tokens|labels|source)\.npy\.\d+
 
 
 @dataclass(frozen=True)
-class Shard:
+class CacheShard:
     """Some rows of a split: the unit in which a cache is written. Each of its arrays is a file."""
 
     split: str
@@ -77,10 +76,10 @@ class Plan:
     def pyramid(self) -> Pyramid:
         return Pyramid(tuple(self.sides))
 
-    def shards(self, *splits: str) -> list[Shard]:
+    def shards(self, *splits: str) -> list[CacheShard]:
         """All shards of these splits, in order."""
         return [
-            Shard(split, number, range(start, min(start + self.rows_per_shard[split], self.rows[split])))
+            CacheShard(split, number, range(start, min(start + self.rows_per_shard[split], self.rows[split])))
             for split in splits
             for number, start in enumerate(range(0, self.rows[split], self.rows_per_shard[split]))
         ]
@@ -125,7 +124,7 @@ def listing_hash(root: str | Path, train: ImageFiles, val: ImageFiles) -> str:
 # --- writing ------------------------------------------------------------------------------------------------------------
 
 
-def write_shard(directory: Path, shard: Shard, arrays: dict[str, np.ndarray]) -> None:
+def write_shard(directory: Path, shard: CacheShard, arrays: dict[str, np.ndarray]) -> None:
     """Write tokens (n, L), labels (n,) and source (n,) aside and rename them once all are on disk.
 
     OSError where the disk is full or fails: nothing of this shard is left, the others are untouched.
@@ -151,7 +150,7 @@ def write_shard(directory: Path, shard: Shard, arrays: dict[str, np.ndarray]) ->
             aside.unlink(missing_ok=True)
 
 
-def missing_shards(directory: Path, plan: Plan) -> list[Shard]:
+def missing_shards(directory: Path, plan: Plan) -> list[CacheShard]:
     """The shards of which not all files are there under their final names, and so whole."""
     present = {path.name for path in directory.iterdir()} if directory.exists() else set()
     return [shard for shard in plan.shards(*SPLITS) if not present.issuperset(map(shard.file, ARRAYS))]
@@ -210,7 +209,7 @@ class TokenCache:
         self.tokens = arrays["tokens"]  # one (n, L) each
         self.labels = np.concatenate(arrays["labels"]).astype(np.int64)  # in memory: small beside the tokens
 
-    def _open(self, shard: Shard, name: str) -> np.ndarray:
+    def _open(self, shard: CacheShard, name: str) -> np.ndarray:
         """A file of a shard as a memory map; its size, type and shape are checked, its bytes are not (see `verify`)."""
         path = self.directory / shard.file(name)
         num_tokens = self.manifest.pyramid.num_tokens

@@ -12,8 +12,9 @@ from models.tokenizer import VQVAE
 from models.transformer import TransformerConfig, family_config
 from utils.cli import flag
 from utils.data.images import check_resize
-from utils.runs.optim import SCALE_GROUPS, SCHEDULES
 
+SCHEDULES = ("lin0", "lin00", "lin", "cos", "exp")
+SCALE_GROUPS = ("together", "each", "drawn")
 RELEASED_TOKENIZER = "vae_ch160v4096z32.pth"
 
 

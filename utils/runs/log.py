@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from utils.files import replace_text
 
+CLOCK_FIGURES = ("time", "images_per_second", "mfu", "memory_gb")  # differ from run to run of the same training
 CONSOLE_SECONDS = 20.0  # at least so long between two lines where no terminal can redraw a bar
 
 
@@ -32,7 +33,7 @@ class RunLog:
         self.metrics_path, self.classes_path = directory / "metrics.jsonl", directory / "val_classes.jsonl"
         self.text_path = directory / "log.txt"
         kept = [entry for entry in read_entries(self.metrics_path) if entry["step"] <= step]
-        self.validated = {entry["step"] for entry in kept if "val_loss" in entry}
+        self.validated = {entry["step"] for entry in kept if any(name.startswith("val_") for name in entry)}
         by_class = [entry for entry in read_entries(self.classes_path) if entry["step"] in self.validated]
         for path, entries in ((self.metrics_path, kept), (self.classes_path, by_class)):
             if path.exists():
@@ -198,3 +199,8 @@ def read_metrics(run: str | Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{run}: no metrics.jsonl there: give the directory of a run")
     return read_entries(path)
+
+
+def read_repeatable_metrics(run: str | Path) -> list[dict]:
+    """The same without what depends on the clock: equal for runs of the same training."""
+    return [{name: value for name, value in entry.items() if name not in CLOCK_FIGURES} for entry in read_metrics(run)]

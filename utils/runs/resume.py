@@ -1,16 +1,15 @@
 """What a run takes up again: the checkpoint that all ranks agree on, whether it fits, and the seed."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
 from dist import Ranks
-from models.transformer import TransformerConfig
-from utils.checkpoint import read_model_config
+from models.storage import read_config
+from models.transformer import ScaleTransformer
 from utils.runs.checkpoints import checkpoint_path, choose_intact, latest_checkpoint, step_of
-from utils.runs.config import TrainConfig
 
 
 def agreed_checkpoint(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
@@ -23,11 +22,11 @@ def agreed_checkpoint(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
     return (None if step < 0 else checkpoint_path(run, step)), notes
 
 
-def check_same_model(checkpoint: Path, config: TransformerConfig) -> None:
-    """ValueError unless the checkpoint holds a model of this shape."""
-    saved = read_model_config(checkpoint, "transformer")
-    for field in fields(config):
-        ours, theirs = getattr(config, field.name), getattr(saved, field.name)
+def check_same_transformer(checkpoint: Path, transformer: ScaleTransformer) -> None:
+    """ValueError unless the checkpoint holds a transformer of this shape."""
+    saved = read_config(checkpoint, ScaleTransformer)
+    for field in fields(saved):
+        ours, theirs = getattr(transformer.config, field.name), getattr(saved, field.name)
         if ours != theirs and field.name != "drop_path":
             raise ValueError(
                 f"{checkpoint}: a run with {field.name} {_short(theirs)} is there, this command asks for {_short(ours)}: "
@@ -42,23 +41,25 @@ def _short(value: object) -> str:
     return str(value)
 
 
-def with_seed(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """The configuration with a seed: the one given, that of the run being resumed, or a fresh one, the same on all ranks."""
-    if config.seed is not None:
-        return config
+def chosen_seed(seed: int | None, run: Path, ranks: Ranks) -> int:
+    """The seed that is given, that of the run being resumed, or a fresh one, the same on all ranks."""
+    if seed is not None:
+        return seed
     seed = int(np.random.SeedSequence().entropy % 2**31)
-    saved = Path(config.local_out_dir_path) / "config.json"
-    if ranks.is_main and saved.exists() and latest_checkpoint(saved.parent):
+    saved = run / "config.json"
+    if ranks.is_main and saved.exists() and latest_checkpoint(run):
         seed = json.loads(saved.read_text())["training"]["seed"]
-    return replace(config, seed=int(ranks.from_main(seed)))
+    return int(ranks.from_main(seed))
 
 
-def changes(before: dict, now: dict, checkpoint: Path) -> list[str]:
+def changes(before: dict, now: dict, checkpoint: Path, drawn: str) -> list[str]:
     """What is to be told about a run that goes on under other circumstances; both as the trainer's `circumstances`.
 
-    ValueError where its tokens would mean something else.
+    drawn: what each rank draws for itself.
+    Of what earlier code did not note nothing is told. ValueError where its tokens would mean something else.
     """
-    if before["tokenizer"] != now["tokenizer"]:
+    before = now | before
+    if before.get("tokenizer") != now.get("tokenizer"):
         raise ValueError(
             f"{checkpoint}: trained on tokens of a tokenizer with hash {before['tokenizer'][:12]}, the one given has "
             f"{now['tokenizer'][:12]}: give that one, or another --local_out_dir_path"
@@ -68,6 +69,6 @@ def changes(before: dict, now: dict, checkpoint: Path) -> list[str]:
         if before[name] != now[name]:
             notes.append(f"the run so far had {title} {before[name]}, now {now[name]}: from here on other batches")
     if before["ranks"] != now["ranks"]:
-        same = "same batches, other draws of drop-path" if not notes else "other draws of drop-path"
-        notes.append(f"the run so far had {before['ranks']} rank(s), now {now['ranks']}: {same}")
+        same = "" if notes else "same batches, "
+        notes.append(f"the run so far had {before['ranks']} rank(s), now {now['ranks']}: {same}other draws of {drawn}")
     return notes

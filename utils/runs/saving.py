@@ -7,7 +7,7 @@ run, on any number of ranks.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from models.storage import Description, write_config, write_tensors
 from models.tokenizer import TokenizerConfig
 from models.transformer import TransformerConfig
-from utils.checkpoint import Description, write_config, write_tensors
 from utils.files import aside_of, put_in_place, written_aside
 from utils.runs.checkpoints import checkpoint_path, prune, seal
 from utils.runs.shards import SHARDS, fill_from_shards_, is_sharded, shard_sizes
+from utils.runs.state import sectioned
 
 ModelConfig = TokenizerConfig | TransformerConfig
 
@@ -40,13 +41,13 @@ def save_checkpoint(
 ) -> Path:
     """Write checkpoints/step_N with all that training needs to go on, then remove all but the newest `keep`.
 
-    tensors: named "model.NAME", "optimizer.NAME" and so on, a file for each of these groups; numbers: for train_state.json.
+    tensors: named "model.NAME", "optimizer.NAME" and so on, a file for each of these sections; numbers: for train_state.json.
     OSError where it cannot be written; the checkpoints before it are then as they were.
     """
     target = checkpoint_path(run, step)
     with written_aside(target) as directory:
-        for group, members in grouped(tensors).items():
-            write_tensors(directory / f"{group}.safetensors", members)
+        for section, members in sectioned(tensors).items():
+            write_tensors(directory / f"{section}.safetensors", members)
         _write_surroundings(directory, config, description, numbers)
     prune(run, target, keep)
     return target
@@ -128,39 +129,30 @@ def _write_surroundings(directory: Path, config: ModelConfig, description: Descr
     seal(directory)
 
 
-def grouped(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{"model.head.weight": t} -> {"model": {"head.weight": t}}"""
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        group, _, inside = name.partition(".")
-        groups.setdefault(group, {})[inside] = tensor
-    return groups
-
-
 def read_numbers(checkpoint: Path) -> dict:
     """What train_state.json holds."""
     return json.loads((checkpoint / "train_state.json").read_text())
 
 
 @torch.no_grad()
-def restore_(tensors: dict[str, Tensor], checkpoint: Path) -> None:
+def restore_(tensors: dict[str, Tensor], checkpoint: Path, may_lack: Container[str] = ()) -> set[str]:
     """Fill the tensors of a training state, whole or sharded, from a checkpoint, whole or sharded.
 
-    Averaged weights that the checkpoint lacks start from its weights. ValueError names other tensors that it lacks or has in
-    another size.
+    may_lack: sections, such as "ema", that it need not have. Returns those that it has not, whose tensors stay as they are.
+    ValueError names other tensors that it lacks or has in another size.
     """
     sharded = is_sharded(checkpoint)
     sizes = shard_sizes(checkpoint) if sharded else _file_sizes(checkpoint)
-    stored = {name: tensor for name, tensor in tensors.items() if name in sizes}
-    for name, tensor in tensors.items():
-        if name not in stored and not name.startswith("ema."):
+    lacking = set(sectioned(tensors)) - {name.partition(".")[0] for name in sizes}
+    lacking = {section for section in lacking if section in may_lack}
+    wanted = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] not in lacking}
+    for name, tensor in wanted.items():
+        if name not in sizes:
             raise ValueError(f"{checkpoint}: {name} is missing: it was written for another model or by other code")
-        if name in stored and tensor.shape != sizes[name]:
+        if tensor.shape != sizes[name]:
             raise ValueError(f"{checkpoint}: {name} has size {tuple(sizes[name])}, this model wants {tuple(tensor.shape)}")
-    (fill_from_shards_ if sharded else _fill_from_files_)(stored, checkpoint)
-    for name, tensor in tensors.items():
-        if name not in stored:
-            tensor.copy_(tensors["model." + name.removeprefix("ema.")])
+    (fill_from_shards_ if sharded else _fill_from_files_)(wanted, checkpoint)
+    return lacking
 
 
 def _file_sizes(checkpoint: Path) -> dict[str, torch.Size]:
@@ -172,8 +164,8 @@ def _file_sizes(checkpoint: Path) -> dict[str, torch.Size]:
 
 
 def _fill_from_files_(tensors: dict[str, Tensor], checkpoint: Path) -> None:
-    for group, members in grouped(tensors).items():
-        with safe_open(checkpoint / f"{group}.safetensors", "pt") as file:
+    for section, members in sectioned(tensors).items():
+        with safe_open(checkpoint / f"{section}.safetensors", "pt") as file:
             for name, tensor in members.items():
                 whole = file.get_tensor(name).to(tensor.device)
                 if isinstance(tensor, DTensor):  # every rank reads all of it and keeps its part

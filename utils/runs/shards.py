@@ -32,10 +32,10 @@ def fill_from_shards_(tensors: dict[str, Tensor], checkpoint: Path) -> None:
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint / SHARDS)), no_dist=True)
 
 
-def read_shards(checkpoint: Path, groups: tuple[str, ...]) -> dict[str, Tensor]:
-    """Whole tensors "NAME" of the first of the groups "GROUP.NAME" that the checkpoint has."""
+def read_shards(checkpoint: Path, sections: tuple[str, ...]) -> dict[str, Tensor]:
+    """Whole tensors "NAME" of the first of the sections "SECTION.NAME" that the checkpoint has."""
     sizes = shard_sizes(checkpoint)
-    group = next((group for group in groups if any(name.startswith(f"{group}.") for name in sizes)), groups[0])
-    tensors = {name: torch.empty(size) for name, size in sizes.items() if name.startswith(f"{group}.")}
+    section = next((section for section in sections if any(name.startswith(f"{section}.") for name in sizes)), sections[0])
+    tensors = {name: torch.empty(size) for name, size in sizes.items() if name.startswith(f"{section}.")}
     fill_from_shards_(tensors, checkpoint)
-    return {name.removeprefix(f"{group}."): tensor for name, tensor in tensors.items()}
+    return {name.removeprefix(f"{section}."): tensor for name, tensor in tensors.items()}

@@ -1,0 +1,84 @@
+"""What the measurements of scripts/benchmark.py are told on the command line, and the numbers that several of them take."""
+
+from dataclasses import dataclass
+
+from models.families import FAMILIES
+from models.pyramid import Pyramid
+from models.scan_backends import SCAN_BACKENDS
+from utils.cli import argument, flag
+
+PIXELS, NUM_CLASSES = 256, 1000
+IMAGENET_IMAGES = 1_281_167
+BATCHES_PER_REPEAT = 20  # of the command `tokens`
+# What a command takes where a flag is not given, and what all others take.
+COMMON = {"family": "mvar,var,markov", "depth": "12", "batch": 1, "pn": "256"}
+DEFAULTS: dict[str, dict] = {
+    "tokens": {"batch": 768},
+    "memory": {"depth": "12,16,20,24,30,32"},
+    "sampling": {"batch": 4},
+    "training": {"batch": 16},
+    "scan": {"depth": "12,16,24", "batch": 8, "pn": "256,512"},
+    "attention": {},
+    "length": {},
+    "table": {
+        "family": ",".join(("var", *(family for family in FAMILIES if family != "var"))),
+        "depth": "16,20,24",
+        "batch": 32,
+    },
+}
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Arguments of scripts/benchmark.py."""
+
+    command: str = argument("what is measured", choices=tuple(DEFAULTS))
+    family: str | None = flag(None, f"memory, sampling, training, table: kinds of transformer, of {', '.join(FAMILIES)}")
+    depth: str | None = flag(None, "memory, sampling, training, scan, table: depths, comma-separated")
+    pn: str | None = flag(None, "sampling, training, scan, table: pyramids, as in train.py, comma-separated", "--pixels")
+    tfast: str = flag("0,3", "training: modes of compilation, as in train.py, comma-separated")
+    precision: str = flag("", "training; empty: bfloat16 on GPUs, else float32", choices=("", "float32", "float16", "bfloat16"))
+    scan_backend: str = flag("auto", "training: as in train.py", choices=SCAN_BACKENDS)
+    real: bool = flag(False, "memory: compute on this machine, which takes the memory and the time, instead of imitating a GPU")
+    sides: str = flag("13,16,18,24,32,48,64", "attention: sides of maps, comma-separated")
+    heads: str = flag("4,12", "attention: numbers of heads, comma-separated")
+    batch: int | None = flag(None, "images per batch")
+    rows: int = flag(1 << 17, "tokens: images in the cache that is made for it")
+    repeats: int = flag(7, f"the median of so many measurements, tokens: of {BATCHES_PER_REPEAT} batches")
+    json: str = flag("", "file to store the figures in, with command, machine, versions and commit")
+    overwrite: bool = flag(False, "replace what is at --json")
+
+    def __post_init__(self):
+        for name, value in (COMMON | DEFAULTS[self.command]).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        unknown = sorted(set(self.families) - set(FAMILIES))
+        if unknown:
+            raise ValueError(f"--family={self.family}: no {', '.join(unknown)}: give some of {','.join(FAMILIES)}")
+        if not all(depth.isdigit() and int(depth) > 0 for depth in self.depth.split(",")):
+            raise ValueError(f"--depth={self.depth}: give numbers of blocks such as 12,16")
+        for name in ("sides", "heads"):
+            if not all(number.isdigit() and int(number) > 0 for number in getattr(self, name).split(",")):
+                raise ValueError(f"--{name}={getattr(self, name)}: give numbers such as {getattr(BenchmarkConfig, name)}")
+        for name in ("batch", "rows", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)}: give at least 1")
+        if not set(self.tfast.split(",")) <= set("0123"):
+            raise ValueError(f"--tfast={self.tfast}: give some of 0,1,2,3")
+        if self.command in ("training", "table") and len(self.pyramids) > 1:
+            raise ValueError(f"--pn={self.pn}: {self.command} takes one pyramid")
+
+    @property
+    def families(self) -> list[str]:
+        return self.family.split(",")
+
+    @property
+    def depths(self) -> list[int]:
+        return self.numbers("depth")
+
+    def numbers(self, name: str) -> list[int]:
+        return [int(number) for number in getattr(self, name).split(",")]
+
+    @property
+    def pyramids(self) -> list[Pyramid]:
+        return [Pyramid.parse(text) for text in self.pn.split(",")]

@@ -1,0 +1,45 @@
+"""Commands of this repository as processes of their own: on one rank, or under torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def shell_words(*words: str | Path | int, ranks: int = 1) -> list[str]:
+    """`python words...`, or the same under torchrun."""
+    python = [sys.executable]
+    if ranks > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*python, *map(str, words)]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """One thread per process: small models are many times slower with threads that wait for one another."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+
+
+def begin(*words: str | Path | int, ranks: int = 1, output: Path | None = None) -> subprocess.Popen:
+    """Start a command from the root of the repository; what it prints is shown, or goes into the file `output`."""
+    command = shell_words(*words, ranks=ranks)
+    if output is None:
+        return subprocess.Popen(command, cwd=ROOT, env=environment())
+    with open(output, "w") as file:
+        return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT)
+
+
+def run(*words: str | Path | int, ranks: int = 1) -> None:
+    """Start a command and wait for its end; ValueError where it fails."""
+    code = subprocess.run(shell_words(*words, ranks=ranks), cwd=ROOT, env=environment(), check=False).returncode
+    if code:
+        raise ValueError(f"{words[0]} ended with exit code {code}: see its message above")
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process started, such as the ranks of torchrun; none where it has ended."""
+    try:
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except FileNotFoundError:
+        return []
