@@ -23,6 +23,7 @@ from utils import cli
 from utils.cli import flag, required
 from utils.data.images import check_resize
 from utils.data.sources import FolderData
+from utils.metrics.similarity import psnr_of_error
 from utils.runs.plan import learning_rate_factor
 from utils.runs.state import MODEL, Part, TrainState
 from utils.runs.task import Evaluation, RunConfig, StepResult, Task, autocast
@@ -114,7 +115,7 @@ class ImageReconstruction(Task):
         state.scaler.scale(loss).backward()
         self.hits += torch.cat(result.indices, dim=1).flatten().bincount(minlength=len(self.hits))
         error = F.mse_loss(decoded.detach().clamp(-1, 1), images)
-        figures = {"loss": loss.detach(), "vq_loss": result.vq_loss.detach(), "psnr": psnr(error)}
+        figures = {"loss": loss.detach(), "vq_loss": result.vq_loss.detach(), "psnr": psnr_of_error(error, peak=2)}
         return StepResult(loss.detach(), figures, {"learning_rate": rate})
 
     # Differs from VAR: its tokenizer training is not public; restarts are one of the known means against unused codes.
@@ -161,7 +162,10 @@ class ImageReconstruction(Task):
             return None
         squared_error, count = ranks.sum(totals)
         hits = ranks.sum(hits)
-        figures = {"val_psnr": psnr(squared_error / count).item(), "codes_used": (hits.sum(0) > 0).sum().item()}
+        figures = {
+            "val_psnr": psnr_of_error(squared_error / count, peak=2).item(),
+            "codes_used": (hits.sum(0) > 0).sum().item(),
+        }
         return Evaluation(figures | {f"codes_used_scale_{k}": (row > 0).sum().item() for k, row in enumerate(hits)})
 
     # --- saved with it --------------------------------------------------------------------------------------------------
@@ -181,11 +185,6 @@ class ImageReconstruction(Task):
     def set_numbers(self, numbers: dict) -> None:
         if self.ranks.is_main:  # the sum over all ranks; the others go on from zero
             self.hits.copy_(torch.tensor(numbers["hits"]))
-
-
-def psnr(squared_error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of a mean squared error on images in [-1, 1]."""
-    return -10 * torch.log10(squared_error / 4)
 
 
 # --- the command --------------------------------------------------------------------------------------------------------

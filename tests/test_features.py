@@ -20,7 +20,7 @@ def extractor():
 
 @pytest.fixture(scope="module")
 def tensors():
-    return torch.load(features.efflite0_file(), weights_only=True)
+    return torch.load(EfficientNetLite0.published_file(), weights_only=True)
 
 
 def photographs() -> list[Path]:
@@ -50,7 +50,7 @@ LOGITS = [1.07932, 0.8641, 0.12711, -1.08598, 0.5519, 0.98748]
 
 
 def test_values_are_those_of_separate_batch_normalisation(extractor):
-    """Computed from the file's weights layer by layer, every convolution followed by its batch normalisation."""
+    """Computed from the file's weights layer by layer, every convolution followed by its batch normalisation, without timm."""
     result = extract(extractor, pattern(32, 48), "pattern")
     assert result.pooled.shape == (1, 1280)
     assert result.logits.shape == (1, 1000)
@@ -67,8 +67,19 @@ def test_features_of_an_image_do_not_depend_on_its_batch(extractor):
     assert (together.pooled[0] - together.pooled[1]).abs().max() > 0.1
 
 
-def test_weights_are_named_by_their_hash(extractor):
+def test_weights_are_named_by_their_hash(extractor, tensors, tmp_path):
+    assert extractor.fingerprint == extractor.published
     assert extractor.fingerprint.startswith("57934424")  # as the name of the file says
+    torch.save(tensors, tmp_path / "copy.pth")
+    copy = load_extractor("efflite0", tmp_path / "copy.pth")
+    assert copy.fingerprint == features.sha256(tmp_path / "copy.pth") != extractor.published
+
+
+def test_extractors_say_how_wide_their_features_are(extractor, inception):
+    for network in (extractor, inception):
+        widths = [0 if part is None else part.shape[1] for part in extract(network, pattern(32, 32), "pattern")]
+        assert widths == [network.dim, network.num_classes, network.spatial_dim]
+        assert network.device == torch.device("cpu")
 
 
 def test_missing_weights_are_named(monkeypatch, tmp_path):
@@ -117,10 +128,8 @@ def test_weights_are_never_executed(tmp_path):
 
 
 def test_features_that_are_not_finite_name_their_images():
-    torch.manual_seed(0)
-    broken = EfficientNetLite0().eval()
-    with torch.no_grad():
-        broken.classifier.bias[3] = torch.nan
+    broken = load_extractor("efflite0")
+    broken.network.classifier.bias[3] = torch.nan
     with pytest.raises(ValueError, match="some.npz: features of images 7 to 8 are not finite"):
         extract(broken, np.zeros((2, 8, 8, 3), np.uint8), "some.npz", first=7)
 
@@ -179,19 +188,19 @@ def web(tmp_path, monkeypatch):
 def test_published_weights_are_downloaded_once(web, tmp_path, monkeypatch):
     web.write_bytes(b"weights")
     monkeypatch.setattr(Inception, "published", features.sha256(web))
-    path = features.inception_file()
+    path = Inception.published_file()
     assert path == tmp_path / "cache" / "checkpoints" / "weights.pth"
     web.unlink()
-    assert features.inception_file() == path
+    assert Inception.published_file() == path
     path.write_bytes(b"changed")
     with pytest.raises(ValueError, match="weights.pth: not the published weights of Inception: remove it, or give --weights"):
-        features.inception_file()
+        Inception.published_file()
 
 
 def test_a_download_of_something_else_is_refused(web, tmp_path):
     web.write_bytes(b"a page that asks for a login")
     with pytest.raises(ValueError, match="not the published weights of Inception .invalid hash value"):
-        features.inception_file()
+        Inception.published_file()
     assert not list((tmp_path / "cache" / "checkpoints").iterdir())
 
 
@@ -199,4 +208,4 @@ def test_without_a_network_connection_there_is_advice(web):
     with pytest.raises(
         ConnectionError, match="cannot be downloaded .*: give --weights a copy of it, or take --extractor efflite0"
     ):
-        features.inception_file()
+        Inception.published_file()
