@@ -283,7 +283,7 @@ def num_groups(count: int, device_type: str) -> int:
 
 def image_seed(seed: int, number: int) -> int:
     """What the random numbers of one image of a series start from."""
-    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def check_fit(transformer: ScaleTransformer, tokenizer: VQVAE) -> None:
