@@ -35,12 +35,12 @@ soak: .venv/installed
 	@$(BIN)/python $(INSTALL) --only-binary :all: -r requirements-dev.txt -c constraints.txt 2> .venv/errors || { \
 		if grep -q "connection broken" .venv/errors || ! grep -q "ResolutionImpossible" .venv/errors; then \
 			cat .venv/errors; exit 1; fi; \
-		echo "make: not all versions of constraints.txt can be had here, taking what requirements-dev.txt allows"; \
+		echo "make: some versions of constraints.txt cannot be had here (see .venv/errors): taking what the requirements allow"; \
 		$(BIN)/python $(INSTALL) -r requirements-dev.txt; }
 	@touch $@
 
 $(OLDEST)/installed: requirements.txt requirements-dev.txt
-	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' \
+	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2> /dev/null \
 		|| { echo "make: needs Python 3.12: set PYTHON312=/path/to/python3.12"; exit 1; }
 	$(PYTHON312) -m venv --clear $(OLDEST)
 	sed '/^-r/d; s/>=/==/' requirements.txt requirements-dev.txt > $(OLDEST)/requirements.txt
@@ -48,7 +48,7 @@ $(OLDEST)/installed: requirements.txt requirements-dev.txt
 	@touch $@
 
 lock:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2> /dev/null \
 		|| { echo "make: a lock needs Python 3.11: set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv --clear $(LOCK)
 	$(LOCK)/bin/python $(INSTALL) --only-binary :all: -r requirements-dev.txt
