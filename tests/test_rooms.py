@@ -25,7 +25,7 @@ ROOMS = {
 }
 ALLOWED = {
     "checks": {"commands", "loading", "runs", "metrics", "data", "dist", "utils", "models"},
-    "benchmarks": {"commands", "trainer", "runs", "data", "dist", "utils", "models"},
+    "benchmarks": {"commands", "trainer", "runs", "metrics", "data", "dist", "utils", "models"},
     "commands": {"trainer", "loading", "runs", "metrics", "data", "dist", "utils", "models"},
     "trainer": {"runs", "data", "dist", "utils"},
     "loading": {"runs", "models"},
