@@ -117,4 +117,4 @@ def mix_weights(logits: Tensor, temperature: float, noise: Tensor) -> Tensor:
 
 def image_seed(seed: int, number: int) -> int:
     """What the random numbers of one image of a series start from."""
-    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]) >> 1

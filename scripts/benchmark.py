@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from inspect import getdoc
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from scripts.benchmarks import attention, length, memory, sampling, scan, table,
 from scripts.benchmarks.config import BenchmarkConfig
 from scripts.benchmarks.formats import COMMON, Columns
 from utils import cli, evidence
+from utils.cli import argument
 
 
 class Measurement(NamedTuple):
@@ -37,6 +39,13 @@ MEASUREMENTS = {
 }
 
 
+@dataclass(frozen=True)
+class Arguments(BenchmarkConfig):
+    """With the commands there are."""
+
+    command: str = argument("what is measured", choices=tuple(MEASUREMENTS))
+
+
 def page(measurement: Measurement, rows: list[dict]) -> str:
     """What is measured, how it was called, and the rows as a Markdown table."""
     title, text = getdoc(measurement.measure).split("\n\n", 1)
@@ -48,7 +57,7 @@ def page(measurement: Measurement, rows: list[dict]) -> str:
 
 
 def main() -> None:
-    config = cli.parse(BenchmarkConfig, __doc__)
+    config = cli.parse(Arguments, __doc__)
     out = Path(config.json)
     if config.json and out.exists() and not config.overwrite:
         raise ValueError(f"{out}: is there already: give another --json, or --overwrite")

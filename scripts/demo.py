@@ -119,7 +119,7 @@ def judge_samples(images: Path, samples: Path) -> dict[str, float]:
 
 def distances(images: Path, tokenizer_run: Path, samples: Path) -> dict[str, float]:
     """FD-EffLite0 from the held-out images: of the samples, of training images as the tokenizer decodes them, and of these."""
-    extractor = load_extractor("efflite0").to("cuda" if torch.cuda.is_available() else "cpu")
+    extractor = load_extractor("efflite0", device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(tokenizer_run)
     train, val = (Images(files, tokenizer.config.image_shape[0], resize=1.0) for files in read_folders(images))
     chosen = np.linspace(0, len(train) - 1, NUM_SAMPLES).astype(int)

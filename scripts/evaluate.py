@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from PIL import Image
-from torch import nn
 
 from dist import Ranks, process_group
 from models.storage import weights_hash
@@ -25,7 +24,7 @@ from utils.checkpoint import load_tokenizer
 from utils.cli import argument, flag, required
 from utils.dump import finished_settings
 from utils.metrics.distances import frechet_distance
-from utils.metrics.features import EXTRACTORS, load_extractor
+from utils.metrics.features import EXTRACTORS, Extractor, load_extractor
 from utils.metrics.image_sets import (
     FittedImages,
     ImageSet,
@@ -39,7 +38,7 @@ from utils.metrics.image_sets import (
 from utils.metrics.measure import Measured, batch_size, measure
 from utils.metrics.reconstruction import BATCH, measure_reconstruction
 from utils.metrics.scores import in_halves, notes_on_distance, notes_on_scores, score
-from utils.metrics.similarity import LPIPS, WINDOW, load_lpips
+from utils.metrics.similarity import LPIPS, LPIPS_SIDE, WINDOW, load_lpips
 
 EXTRACTOR_HELP = "network that looks at the images: inception for FID, efflite0 where its weights cannot be had"
 BATCH_HELP = "images that a rank takes at a time; 0: as suits the device"
@@ -51,7 +50,7 @@ class EvaluateConfig:
 
     samples: str = argument("images to be scored: an .npz or a folder of PNG or JPEG")
     reference: str = argument("real images, likewise, or statistics of them")
-    extractor: str = flag("inception", EXTRACTOR_HELP, choices=EXTRACTORS)
+    extractor: str = flag("inception", EXTRACTOR_HELP, choices=tuple(EXTRACTORS))
     weights: str = flag("", "file of its weights; empty: those it comes with")
     real: str = flag("", "further real images, scored beside the samples")
     halves: bool = flag(False, "score one half of the reference against the other, beside the samples")
@@ -76,7 +75,7 @@ class StatsConfig:
 
     images: str = argument("real images: an .npz or a folder of PNG or JPEG")
     out: str = required("file to write, .npz")
-    extractor: str = flag("inception", EXTRACTOR_HELP, choices=EXTRACTORS)
+    extractor: str = flag("inception", EXTRACTOR_HELP, choices=tuple(EXTRACTORS))
     weights: str = flag("", "file of its weights; empty: those it comes with")
     batch: int = flag(0, BATCH_HELP)
     overwrite: bool = flag(False, "replace what is at --out")
@@ -96,7 +95,7 @@ class ReconstructionConfig:
     num: int = flag(
         0, "take so many of the images, evenly spread over all; 0: all; under torchrun: --num_images", "--num_images"
     )
-    extractor: str = flag("inception", EXTRACTOR_HELP, choices=EXTRACTORS)
+    extractor: str = flag("inception", EXTRACTOR_HELP, choices=tuple(EXTRACTORS))
     weights: str = flag("", "file of its weights; empty: those it comes with")
     batch: int = flag(0, BATCH_HELP)
     json: str = flag("", "also write the scores, with all settings, to this file")
@@ -142,7 +141,7 @@ def check_count(source: str, count: int, needed: int, reason: str) -> None:
 # --- measuring ----------------------------------------------------------------------------------------------------------
 
 
-def measure_reference(extractor: nn.Module, reference: Reference, batch: int, ranks: Ranks) -> Measured:
+def measure_reference(extractor: Extractor, reference: Reference, batch: int, ranks: Ranks) -> Measured:
     """Statistics that are stored count; images beside them are for precision and recall."""
     statistics = None
     if reference.statistics is not None:
@@ -185,28 +184,28 @@ def code_table(codes: dict[str, dict]) -> str:
 # --- the commands -------------------------------------------------------------------------------------------------------
 
 
-def load(config: EvaluateConfig | StatsConfig | ReconstructionConfig, ranks: Ranks) -> nn.Module:
+def load(config: EvaluateConfig | StatsConfig | ReconstructionConfig, ranks: Ranks) -> Extractor:
     """The extractor, on this rank's device."""
     for is_first in (True, False):  # the main rank downloads what is not there yet, the others find it
         with ranks.failing_together():
             if is_first == ranks.is_main:
-                extractor = load_extractor(config.extractor, config.weights)
-    return extractor.to(ranks.device)
+                extractor = load_extractor(config.extractor, config.weights, ranks.device)
+    return extractor
 
 
 def load_lpips_of_all(ranks: Ranks) -> tuple[LPIPS | None, str]:
     """LPIPS on this rank's device, or None on all ranks with what one of them lacks."""
     for is_first in (True, False):  # the main rank downloads, as above
         if is_first == ranks.is_main:
-            lpips, lacking = load_lpips()
+            lpips, lacking = load_lpips(ranks.device)
         ranks.barrier()
     if ranks.largest(int(lpips is None)):
         return None, lacking or "is not to be had on every rank"
-    return lpips.to(ranks.device), ""
+    return lpips, ""
 
 
 def store(
-    config: EvaluateConfig | ReconstructionConfig, figures: dict, extractor: nn.Module, batch: int, ranks: Ranks, began: float
+    config: EvaluateConfig | ReconstructionConfig, figures: dict, extractor: Extractor, batch: int, ranks: Ranks, began: float
 ) -> None:
     """The figures, with what they depend on and what they took, at --json where it is given."""
     if not config.json:
@@ -285,7 +284,9 @@ def reconstruction(config: ReconstructionConfig, ranks: Ranks) -> None:
         tokenizer = load_tokenizer(config.vae).to(ranks.device)
         images = FittedImages(whole, *tokenizer.config.image_shape)
     extractor = load(config, ranks)
-    lpips, lacking = load_lpips_of_all(ranks)
+    lpips, lacking = None, f"needs {LPIPS_SIDE}x{LPIPS_SIDE} pixels"
+    if min(images.height, images.width) >= LPIPS_SIDE:
+        lpips, lacking = load_lpips_of_all(ranks)
     batch = config.batch or BATCH[ranks.device.type]
     rows = [i * whole.count // config.num for i in range(config.num)] if config.num else None
     quality = measure_reconstruction(tokenizer, images, extractor, lpips, rows=rows, batch=batch, ranks=ranks)

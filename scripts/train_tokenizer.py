@@ -26,6 +26,7 @@ from utils.cli import flag, required
 from utils.data.images import check_resize
 from utils.data.sources import FolderData
 from utils.losses.adversarial import discriminator_loss, generator_loss, ramp
+from utils.metrics.similarity import psnr_of_error
 from utils.runs.plan import learning_rate_factor
 from utils.runs.state import MODEL, Part, TrainState, optimizer_section
 from utils.runs.task import Evaluation, RunConfig, StepResult, Task, autocast
@@ -145,7 +146,7 @@ class ImageReconstruction(Task):
         state.scaler.scale(loss).backward()
         self.hits += torch.cat(result.indices, dim=1).flatten().bincount(minlength=len(self.hits))
         error = F.mse_loss(decoded.detach().clamp(-1, 1), images)
-        return StepResult(loss.detach(), figures | {"psnr": psnr(error)}, {"learning_rate": rate})
+        return StepResult(loss.detach(), figures | {"psnr": psnr_of_error(error, peak=2)}, {"learning_rate": rate})
 
     def _judge(self, state: TrainState, images: Tensor, decoded: Tensor, figures: dict[str, Tensor]) -> Tensor:
         """The decoder's adversarial loss, (); leaves the gradients of the discriminator's own loss in it."""
@@ -204,7 +205,10 @@ class ImageReconstruction(Task):
             return None
         squared_error, count = ranks.sum(totals)
         hits = ranks.sum(hits)
-        figures = {"val_psnr": psnr(squared_error / count).item(), "codes_used": (hits.sum(0) > 0).sum().item()}
+        figures = {
+            "val_psnr": psnr_of_error(squared_error / count, peak=2).item(),
+            "codes_used": (hits.sum(0) > 0).sum().item(),
+        }
         return Evaluation(figures | {f"codes_used_scale_{k}": (row > 0).sum().item() for k, row in enumerate(hits)})
 
     # --- saved with it --------------------------------------------------------------------------------------------------
@@ -224,11 +228,6 @@ class ImageReconstruction(Task):
     def set_numbers(self, numbers: dict) -> None:
         if self.ranks.is_main:  # the sum over all ranks; the others go on from zero
             self.hits.copy_(torch.tensor(numbers["hits"]))
-
-
-def psnr(squared_error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of a mean squared error on images in [-1, 1]."""
-    return -10 * torch.log10(squared_error / 4)
 
 
 @contextlib.contextmanager

@@ -236,8 +236,8 @@ def test_the_table_has_ours_beside_the_published(measure, tmp_path):
     assert rows[1]["state_mib"] == pytest.approx(64 * (3 * 256 + 128 * 64) * 4 / 2**20)
 
 
-def test_every_word_on_the_command_line_is_measured():
-    assert list(benchmark.MEASUREMENTS) == list(DEFAULTS)
+def test_defaults_are_of_commands_that_there_are():
+    assert DEFAULTS.keys() <= benchmark.MEASUREMENTS.keys()
 
 
 @pytest.mark.parametrize(

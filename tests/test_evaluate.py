@@ -6,7 +6,6 @@ import pytest
 import torch
 from commands import make_tokenizer, run_in_process, run_in_shell, script
 from PIL import Image
-from torch import nn
 
 from models.tokenizer import TokenizerConfig
 from utils.checkpoint import load_tokenizer
@@ -18,7 +17,7 @@ from utils.metrics.similarity import psnr
 evaluate = script("evaluate")
 
 
-class SmallExtractor(nn.Module):
+class SmallExtractor:
     """Mean, spread and other sums of an image instead of a network's features, fast and easy to follow."""
 
     name = "efflite0"
@@ -28,13 +27,10 @@ class SmallExtractor(nn.Module):
     num_classes = 7
     spatial_dim = 0
     fingerprint = published = "small"
+    device = torch.device("cpu")
+    weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
 
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(5, 7, generator=generator))
-
-    def forward(self, images):
+    def __call__(self, images):
         pixels = images.float() / 255
         colours = pixels.mean((1, 2))
         pooled = torch.stack([*colours.T, pixels.std((1, 2, 3)), pixels[:, 0].mean((1, 2))], dim=1)
@@ -50,21 +46,21 @@ class SpatialExtractor(SmallExtractor):
     spatial_dim = 3
     published = "another"
 
-    def forward(self, images):
-        return super().forward(images)._replace(spatial=images[:, 0, 0].float() / 255)
+    def __call__(self, images):
+        return super().__call__(images)._replace(spatial=images[:, 0, 0].float() / 255)
 
 
 class BrokenExtractor(SmallExtractor):
     """NaN for images whose first pixel is white."""
 
-    def forward(self, images):
-        features = super().forward(images)
+    def __call__(self, images):
+        features = super().__call__(images)
         return features._replace(pooled=features.pooled.where(images[:, 0, 0, :1] != 255, torch.nan))
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(evaluate, "load_extractor", lambda name, weights: SmallExtractor().requires_grad_(False))
+    monkeypatch.setattr(evaluate, "load_extractor", lambda *_: SmallExtractor())
 
 
 @pytest.fixture
@@ -107,8 +103,7 @@ def save(tmp_path, **sets):
 
 
 def features_of(images: np.ndarray) -> Features:
-    with torch.no_grad():
-        return SmallExtractor()(torch.from_numpy(images))
+    return SmallExtractor()(torch.from_numpy(images))
 
 
 # --- scores -------------------------------------------------------------------------------------------------------------
@@ -218,7 +213,7 @@ def test_the_real_network_tells_noise_from_pictures(tmp_path, command):
 
 @pytest.fixture
 def spatial(monkeypatch):
-    monkeypatch.setattr(evaluate, "load_extractor", lambda name, weights: SpatialExtractor().requires_grad_(False))
+    monkeypatch.setattr(evaluate, "load_extractor", lambda *_: SpatialExtractor())
 
 
 INCEPTION = ("--extractor=inception", "--json", "scores.json", "--overwrite")
@@ -305,23 +300,43 @@ def test_reconstructions_are_scored_against_their_originals(tmp_path, tokenizer,
         assert picture.width > 8 * 64
 
 
-def test_lpips_that_cannot_be_had_is_no_error(tmp_path, tokenizer, small, command, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_lpips", lambda: (None, "needs the package lpips"))
-    save(tmp_path, real=some_images(9, height=16, width=16))
-    code, shown, _ = command("reconstruction", "real.npz", "--vae", tokenizer, "--json", "scores.json")
-    assert code == 0
-    assert ["LPIPS", "needs the package lpips"] in [line.split(maxsplit=1) for line in shown.splitlines()]
-    stored = json.loads((tmp_path / "scores.json").read_text())
+@pytest.fixture
+def large_tokenizer(tmp_path):
+    """Of images of 32 pixels."""
+    return make_tokenizer(tmp_path / "tokenizer", TokenizerConfig((1, 2), 32, (1, 1, 1, 1, 1), 1, 32, 8))
+
+
+def reconstruct_from_shell(tmp_path, command, tokenizer) -> tuple[str, dict]:
+    """What is shown of nine images, and stored."""
+    save(tmp_path, real=some_images(9, height=32, width=32))
+    code, shown, errors = command("reconstruction", "real.npz", "--vae", tokenizer, "--json", "scores.json")
+    assert code == 0, errors
+    return shown, json.loads((tmp_path / "scores.json").read_text())
+
+
+def test_lpips_is_the_mean_over_images(tmp_path, large_tokenizer, small, command, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_lpips", lambda device: (lambda a, b: torch.arange(len(a)).double(), ""))
+    shown, stored = reconstruct_from_shell(tmp_path, command, large_tokenizer)
+    assert stored["scores"]["LPIPS"] == pytest.approx((28 + 0) / 9)  # batches of 8 and of 1
+    assert ["LPIPS", "3.1111"] in [line.split() for line in shown.splitlines()]
+
+
+def test_lpips_that_cannot_be_had_is_no_error(tmp_path, large_tokenizer, small, command, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_lpips", lambda device: (None, "needs weights of AlexNet"))
+    shown, stored = reconstruct_from_shell(tmp_path, command, large_tokenizer)
+    assert ["LPIPS", "needs weights of AlexNet"] in [line.split(maxsplit=1) for line in shown.splitlines()]
     assert stored["scores"]["LPIPS"] is None
-    assert "LPIPS needs the package lpips" in stored["notes"]
+    assert "LPIPS needs weights of AlexNet" in stored["notes"]
 
 
-def test_small_images_have_no_ssim(tmp_path, small, command):
+def test_small_images_have_no_ssim_and_no_lpips(tmp_path, small, command):
     small_tokenizer = make_tokenizer(tmp_path / "tokenizer", TokenizerConfig((1, 2), 32, (1, 1, 1), 1, 32, 8))  # 8 px
     save(tmp_path, real=some_images(9))
     code, shown, _ = command("reconstruction", "real.npz", "--vae", small_tokenizer)
     assert code == 0
-    assert ["SSIM", "needs 11x11 pixels"] in [line.split(maxsplit=1) for line in shown.splitlines()]
+    lines = [line.split(maxsplit=1) for line in shown.splitlines()]
+    assert ["SSIM", "needs 11x11 pixels"] in lines
+    assert ["LPIPS", "needs 31x31 pixels"] in lines
 
 
 def test_images_of_a_data_set_are_resized_and_spread_evenly(images, tokenizer, small, command, monkeypatch):
@@ -550,7 +565,7 @@ def test_one_image_has_no_statistics(tmp_path, small, command):
 
 
 def test_features_that_are_not_finite_name_their_set(tmp_path, monkeypatch, command):
-    monkeypatch.setattr(evaluate, "load_extractor", lambda name, weights: BrokenExtractor().requires_grad_(False))
+    monkeypatch.setattr(evaluate, "load_extractor", lambda *_: BrokenExtractor())
     made = some_images(30, seed=1, brightness=120)
     made[20, 0, 0] = 255
     save(tmp_path, samples=made, real=some_images(40, brightness=120))

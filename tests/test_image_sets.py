@@ -181,7 +181,7 @@ def test_grey_and_jpeg_pictures_become_rgb(tmp_path):
 
 def test_sixteen_bits_are_refused(tmp_path):
     Image.fromarray(np.full((8, 8), 3000, np.uint16)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="a.png: not a readable picture .pixels of mode I;16, 8 bits per channel are needed"):
+    with pytest.raises(ValueError, match="a.png: not a readable picture .pixels of mode I(;16)?, 8 bits per channel"):
         open_images(tmp_path)
 
 

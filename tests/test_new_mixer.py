@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from commands import SMALL, assert_same_training, log_lines, run_in_process, run_in_shell, script
+from commands import SMALL, assert_same_training, run_in_process, run_in_shell, script
 from safetensors.torch import load_file
 from small_models import CODE_DIM, NUM_CLASSES, seeded, small_tokenizer, small_transformer
 from toy_mixer import FAMILIES, RunningMean
@@ -18,6 +18,7 @@ from utils.checkpoint import load_transformer
 from utils.runs.checkpoints import checkpoint_path, checkpoints
 from utils.runs.config import TrainConfig
 from utils.runs.flops import training_flops
+from utils.runs.log import read_repeatable_metrics
 
 FAMILY = "running-mean"
 LEARN = ["--family", FAMILY, "--tblr=0.05", "--alng=0.1", "--wp=0.1", "--save_every=2", "--drop_path=0.3", "--val_every=2"]
@@ -98,7 +99,7 @@ def test_it_trains_resumes_and_is_sampled_from(source, tmp_path, command):
     for name in ("whole", "stopped"):
         code, _, errors = command(train.main, *source, "--local_out_dir_path", tmp_path / name)
         assert code == 0, errors
-    losses = [entry["loss"] for entry in log_lines(tmp_path / "whole") if "loss" in entry]
+    losses = [entry["loss"] for entry in read_repeatable_metrics(tmp_path / "whole") if "loss" in entry]
     assert losses[-1] < losses[0] - 0.01
     shutil.rmtree(checkpoint_path(tmp_path / "stopped", 4))
     assert command(train.main, *source, "--local_out_dir_path", tmp_path / "stopped")[0] == 0
@@ -121,7 +122,7 @@ def test_two_sharded_ranks_train_and_resume_it(source, tmp_path):
             shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
             shutil.rmtree(checkpoint_path(tmp_path / "stopped", 4))
     assert "resuming at step 2" in result.stdout
-    assert log_lines(tmp_path / "whole") == log_lines(tmp_path / "stopped")
+    assert read_repeatable_metrics(tmp_path / "whole") == read_repeatable_metrics(tmp_path / "stopped")
     for file in (checkpoints(tmp_path / "whole")[-1] / "shards").glob("*.safetensors"):
         whole, stopped = load_file(file), load_file(checkpoints(tmp_path / "stopped")[-1] / "shards" / file.name)
         assert whole.keys() == stopped.keys()

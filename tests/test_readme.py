@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, flags=re.M | re.S))
 CONFIGS = {"train.py": TrainConfig, "sample.py": SampleConfig}
 SCRIPT_CONFIGS = {
-    "benchmark.py": "BenchmarkConfig",
+    "benchmark.py": "Arguments",
     "cache_tokens.py": "CacheConfig",
     "convert_official.py": "ConvertConfig",
     "export_checkpoint.py": "ExportConfig",

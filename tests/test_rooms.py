@@ -24,8 +24,8 @@ ROOMS = {
     "models/": "models",
 }
 ALLOWED = {
-    "checks": {"commands", "loading", "runs", "metrics", "data", "dist", "utils", "models"},
-    "benchmarks": {"commands", "trainer", "runs", "data", "dist", "utils", "models"},
+    "checks": {"loading", "runs", "metrics", "data", "utils", "models"},
+    "benchmarks": {"commands", "trainer", "runs", "metrics", "data", "dist", "utils", "models"},
     "commands": {"trainer", "loading", "runs", "metrics", "data", "dist", "utils", "models"},
     "trainer": {"runs", "data", "dist", "utils"},
     "loading": {"runs", "models"},

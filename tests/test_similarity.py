@@ -1,13 +1,16 @@
+import copy
+import http.client
 import math
-import sys
-import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchmetrics
+import torchvision
 from scipy.ndimage import correlate1d
 
-from utils.metrics.similarity import LPIPS, load_lpips, psnr, ssim
+from utils.metrics.similarity import LPIPS, load_lpips, psnr, psnr_of_error, ssim
 
 
 def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -40,6 +43,14 @@ def test_equal_images_count_as_if_one_value_differed_by_one():
     equal, nearly = psnr(images, others).tolist()
     assert equal == pytest.approx(nearly)
     assert equal == pytest.approx(20 * math.log10(255) + 10 * math.log10(6 * 7 * 3))
+
+
+def test_psnr_of_an_error_is_that_of_the_images():
+    images, others = random_images(4, 9, 8), noisy(random_images(4, 9, 8), 5)
+    errors = (images.double() - others.double()).square().mean((1, 2, 3))
+    torch.testing.assert_close(psnr_of_error(errors, peak=255), psnr(images, others), rtol=0, atol=5e-6)
+    torch.testing.assert_close(psnr_of_error(errors / 127.5**2, peak=2), psnr_of_error(errors, peak=255))
+    assert psnr_of_error(torch.tensor(0.04), peak=2).item() == pytest.approx(20)
 
 
 # --- SSIM ---------------------------------------------------------------------------------------------------------------
@@ -102,42 +113,71 @@ def test_ssim_is_of_each_image_by_itself():
 # --- LPIPS --------------------------------------------------------------------------------------------------------------
 
 
-def test_lpips_without_its_package_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    assert load_lpips() == (None, "needs the package lpips")
+@pytest.fixture(scope="module")
+def alexnet():
+    """With random weights, of which something is left behind all its layers."""
+    torch.manual_seed(0)
+    network = torchvision.models.alexnet(weights=None)
+    for layer in network.features:
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight)
+    return network.eval()
 
 
-def stand_in(failure: Exception | None = None) -> types.ModuleType:
-    """A package whose network gives the mean difference of images in [-1, 1], or which cannot load its weights."""
+def plain_lpips(alexnet: torch.nn.Module, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The paper's equation 1 in float64, (N,): what lies behind each of the five ReLUs, of unit length at every pixel."""
+    folder = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models"
+    heads = torch.load(folder / "alex.pth", map_location="cpu", weights_only=True)
+    shift, scale = (torch.tensor(values).view(3, 1, 1) for values in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))
+    pair = [((part.permute(0, 3, 1, 2) / 127.5 - 1 - shift) / scale).double() for part in (images, others)]
+    total, number = 0, 0
+    for layer in copy.deepcopy(alexnet.features[:12]).double():  # all but the last pooling
+        pair = [layer(x) for x in pair]
+        if isinstance(layer, torch.nn.ReLU):
+            one, other = (x / x.norm(dim=1, keepdim=True) for x in pair)
+            weights = heads[f"lin{number}.model.1.weight"].double()  # (1, C, 1, 1)
+            total = total + (weights * (one - other).square()).sum(1).mean((1, 2))
+            number += 1
+    assert number == 5
+    return total.detach()
 
-    class Network(torch.nn.Module):
-        def __init__(self, net: str, verbose: bool):
-            super().__init__()
-            if failure:
-                raise failure
 
-        def forward(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-            assert images.abs().max() <= 1
-            return (images - others).abs().mean((1, 2, 3), keepdim=True)
-
-    package = types.ModuleType("lpips")
-    package.LPIPS = Network
-    return package
-
-
-def test_lpips_gets_images_from_minus_one_to_one(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lpips", stand_in())
+def test_lpips_by_the_formula_of_the_paper(alexnet, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torchvision.models, "alexnet", lambda weights: asked.append(weights) or alexnet)
     network, lacking = load_lpips()
     assert isinstance(network, LPIPS)
     assert lacking == ""
-    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 4, 4, 3).contiguous()
-    torch.testing.assert_close(network(images, images.flip(0)), torch.tensor([0.4, 0, 0.4], dtype=torch.float64))
+    assert asked == [torchvision.models.AlexNet_Weights.IMAGENET1K_V1]
+    images = random_images(3, 40, 64)
+    others = torch.cat([noisy(images[:2], 30), images[2:]])
+    found = network(images, others)
+    assert found.dtype == torch.float64
+    expected = plain_lpips(alexnet, images, others)
+    assert expected[:2].min() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(network(others, images), found)
+    torch.testing.assert_close(network(images[:1], others[:1]), found[:1], rtol=1e-4, atol=0)
+    assert network(random_images(1, 31, 31), random_images(1, 31, 31, seed=1)) > 0
+    with pytest.raises(ValueError, match="images of 30x64 pixels: LPIPS needs at least 31x31"):
+        network(random_images(1, 64, 30), random_images(1, 64, 30))
 
 
-@pytest.mark.parametrize("failure", [OSError("no route to host"), RuntimeError("invalid hash value")])
-def test_lpips_without_weights_says_so(monkeypatch, failure):
-    monkeypatch.setitem(sys.modules, "lpips", stand_in(failure))
+@pytest.mark.parametrize(
+    "failure", [OSError("no route to host"), RuntimeError("invalid hash value"), http.client.IncompleteRead(b"")]
+)
+def test_lpips_without_weights_says_so(monkeypatch, tmp_path, failure):
+    """As torchvision downloads them."""
+    asked = []
+
+    def download(url: str, *_, **__) -> None:
+        asked.append(url)
+        raise failure
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     assert load_lpips() == (None, "needs weights of AlexNet")
+    assert "alexnet" in asked[0]
 
 
 # --- input --------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from utils.cli import argument, flag
 PIXELS, NUM_CLASSES = 256, 1000
 IMAGENET_IMAGES = 1_281_167
 BATCHES_PER_REPEAT = 20  # of the command `tokens`
-# What a command takes where a flag is not given, and what all others take.
+# What all commands take where a flag is not given, and what some take in its place.
 COMMON = {"family": "mvar,var,markov", "depth": "12", "batch": 1, "pn": "256"}
 DEFAULTS: dict[str, dict] = {
     "tokens": {"batch": 768},
@@ -18,8 +18,6 @@ DEFAULTS: dict[str, dict] = {
     "sampling": {"batch": 4},
     "training": {"batch": 16},
     "scan": {"depth": "12,16,24", "batch": 8, "pn": "256,512"},
-    "attention": {},
-    "length": {},
     "table": {
         "family": ",".join(("var", *(family for family in FAMILIES if family != "var"))),
         "depth": "16,20,24",
@@ -30,9 +28,9 @@ DEFAULTS: dict[str, dict] = {
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Arguments of scripts/benchmark.py."""
+    """Arguments of scripts/benchmark.py, which knows the commands."""
 
-    command: str = argument("what is measured", choices=tuple(DEFAULTS))
+    command: str = argument("what is measured")
     family: str | None = flag(None, f"memory, sampling, training, table: kinds of transformer, of {', '.join(FAMILIES)}")
     depth: str | None = flag(None, "memory, sampling, training, scan, table: depths, comma-separated")
     pn: str | None = flag(None, "sampling, training, scan, table: pyramids, as in train.py, comma-separated", "--pixels")
@@ -49,7 +47,7 @@ class BenchmarkConfig:
     overwrite: bool = flag(False, "replace what is at --json")
 
     def __post_init__(self):
-        for name, value in (COMMON | DEFAULTS[self.command]).items():
+        for name, value in (COMMON | DEFAULTS.get(self.command, {})).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         unknown = sorted(set(self.families) - set(FAMILIES))

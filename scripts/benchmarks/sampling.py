@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
 
 import torch
@@ -21,6 +20,7 @@ from scripts.benchmarks.config import BenchmarkConfig
 from scripts.benchmarks.formats import Columns, gigabytes, optional
 from scripts.benchmarks.released import BlockCache, ReleasedSampler, decode
 from scripts.benchmarks.timing import Measured, measure
+from utils.metrics.similarity import psnr_of_error
 
 SEED = 0
 TOLERANCE = 1e-4  # of images in [0, 1] and of Mamba's outputs
@@ -227,15 +227,11 @@ def check_equal(ways: Ways) -> tuple[Tensor, float]:
     expected = decode(ways.tokenizer, f_hat)
     check_near("images", (ways.tokenizer.decode_features(f_hat) + 1) / 2, expected)
     half = DECODER_TYPE["cuda"] if ways.device.type == "cuda" else torch.bfloat16
-    return f_hat, psnr((ways.tokenizer.decode_features(f_hat, half) + 1) / 2, expected)
+    error = ((ways.tokenizer.decode_features(f_hat, half) + 1) / 2 - expected).square().mean()
+    return f_hat, psnr_of_error(error.clamp(min=1e-20), peak=1).item()
 
 
 def check_near(what: str, ours: Tensor, released: Tensor) -> None:
     difference = (ours - released).abs().max().item()
     if not difference <= TOLERANCE:
         raise ValueError(f"{what} of the two ways differ by {difference:.1e}: one of them is wrong")
-
-
-def psnr(images: Tensor, reference: Tensor) -> float:
-    """Decibels, for images in [0, 1]."""
-    return -10 * math.log10(max((images - reference).square().mean().item(), 1e-20))

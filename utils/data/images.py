@@ -114,7 +114,7 @@ class Images(Dataset):
         else:
             with torch.random.fork_rng(devices=[]):
                 # torch.manual_seed would seed the GPUs too, under the feet of the training step
-                seed = int(np.random.SeedSequence((self.seed, position)).generate_state(1, np.uint64)[0] >> 1)
+                seed = int(np.random.SeedSequence((self.seed, position)).generate_state(1, np.uint64)[0]) >> 1
                 torch.default_generator.manual_seed(seed)
                 pixels = self.transform(image)
         return pixels.float() / 127.5 - 1, self.files.labels[index]

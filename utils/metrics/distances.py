@@ -38,12 +38,6 @@ class Moments:
             self._move_mean(len(rows), mean)
             self.scatter.addmm_(rows.T, rows)
 
-    def merge(self, other: "Moments") -> None:
-        """Take in what another one, of the same dim, has seen."""
-        if other.count > 0:
-            self._move_mean(other.count, other.mean.to(self.mean))
-            self.scatter += other.scatter.to(self.scatter)
-
     def over_ranks(self, add_up: Callable[[Tensor], Tensor]) -> "Moments":
         """Of all ranks' features, on every rank. add_up: sums a tensor over the ranks (`Ranks.sum`), called twice."""
         whole = Moments(len(self.mean), self.mean.device)

@@ -36,7 +36,7 @@ class Fidelity:
             raise ValueError(f"{root}/val: holds 1 image, a distance needs more: add some, or give --val_fd=0")
         self.count, self.pixels, self.resize, self.workers, self.ranks = count, pixels, resize, workers, ranks
         self.labels = [n * len(self.val.class_names) // count for n in range(count)]
-        self.extractor = load_extractor("efflite0").to(ranks.device)
+        self.extractor = load_extractor("efflite0", device=ranks.device)
 
     @functools.cached_property
     def reference(self) -> Gaussian:

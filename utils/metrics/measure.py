@@ -1,6 +1,6 @@
 """Features of sets of images and their statistics: on one process, or shared out over ranks.
 
-    extractor = load_extractor("efflite0").to(device)            # utils/metrics/features.py
+    extractor = load_extractor("efflite0", device=device)        # utils/metrics/features.py
     real = measure(extractor, open_images("val"))                # a folder or an .npz, utils/metrics/image_sets.py
     made = measure_batches(extractor, batches, "samples")        # batches (N, H, W, 3) uint8 from anywhere
     frechet_distance(*made.statistics.pooled, *real.statistics.pooled)    # utils/metrics/distances.py
@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from dist import Ranks
 from utils.metrics.distances import Moments
-from utils.metrics.features import Features, extract
+from utils.metrics.features import Extractor, Features, extract
 from utils.metrics.image_sets import Gaussian, ImageSet, Statistics
 
 BATCH = {"cpu": 8, "cuda": 256}  # on a CPU larger ones are slower
@@ -37,13 +37,9 @@ class Measured(NamedTuple):
     features: Features | None
 
 
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def batch_size(extractor: nn.Module) -> int:
+def batch_size(extractor: Extractor) -> int:
     """Images at a time that suit the extractor's device."""
-    return BATCH[device_of(extractor).type]
+    return BATCH[extractor.device.type]
 
 
 def share(count: int, batch: int, ranks: Ranks) -> slice:
@@ -60,13 +56,12 @@ class Measurement:
     first: how many images other ranks have before those of this one, for messages.
     """
 
-    def __init__(self, extractor: nn.Module, source: str, keep_features: bool = True, first: int = 0):
-        device = device_of(extractor)
+    def __init__(self, extractor: Extractor, source: str, keep_features: bool = True, first: int = 0):
         self.extractor, self.source, self.first = extractor, source, first
         self.size: tuple[int, int] | None = None
         self.count = 0
-        self.pooled = Moments(extractor.dim, device)
-        self.spatial = Moments(extractor.spatial_dim, device) if extractor.spatial_dim else None
+        self.pooled = Moments(extractor.dim, extractor.device)
+        self.spatial = Moments(extractor.spatial_dim, extractor.device) if extractor.spatial_dim else None
         self.kept: list[Features] | None = [] if keep_features else None
 
     def add(self, images: np.ndarray) -> None:
@@ -120,7 +115,7 @@ def _gathered(parts: list[Tensor], dim: int, counts: list[int], ranks: Ranks) ->
 
 
 def measure(
-    extractor: nn.Module, images: ImageSet, batch: int = 0, ranks: Ranks = ALONE, keep_features: bool = True
+    extractor: Extractor, images: ImageSet, batch: int = 0, ranks: Ranks = ALONE, keep_features: bool = True
 ) -> Measured:
     """Of a set of images. batch: images at a time, 0: as suits the device.
 
@@ -137,7 +132,7 @@ def measure(
 
 
 def measure_batches(
-    extractor: nn.Module, batches: Iterable[np.ndarray], source: str, ranks: Ranks = ALONE, keep_features: bool = True
+    extractor: Extractor, batches: Iterable[np.ndarray], source: str, ranks: Ranks = ALONE, keep_features: bool = True
 ) -> Measured:
     """Of images (N, H, W, 3) uint8 in batches, with several ranks those of each; source: what messages call them."""
     measurement = Measurement(extractor, source, keep_features)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist import Ranks
 from models.tokenizer import VQVAE
 from utils.metrics.codes import CodeUsage
+from utils.metrics.features import Extractor
 from utils.metrics.image_sets import ImageSet, Statistics
-from utils.metrics.measure import ALONE, Measurement, device_of, progress, share
+from utils.metrics.measure import ALONE, Measurement, progress, share
 from utils.metrics.similarity import LPIPS, WINDOW, psnr, ssim
 from utils.plots import to_uint8
 
@@ -40,6 +41,10 @@ class Quality:
     pairs: tuple[np.ndarray, np.ndarray]
 
 
+def device_of(tokenizer: VQVAE) -> torch.device:
+    return next(tokenizer.parameters()).device
+
+
 @torch.inference_mode()
 def reconstruct(tokenizer: VQVAE, images: np.ndarray) -> tuple[np.ndarray, list[Tensor]]:
     """(N, H, W, 3) uint8 -> the same from its tokens, rounded to nearest, and those: K tensors (N, h_k * w_k).
@@ -57,7 +62,7 @@ def reconstruct(tokenizer: VQVAE, images: np.ndarray) -> tuple[np.ndarray, list[
 def measure_reconstruction(
     tokenizer: VQVAE,
     images: ImageSet,
-    extractor: nn.Module,
+    extractor: Extractor,
     lpips: LPIPS | None = None,
     *,
     rows: Sequence[int] | None = None,

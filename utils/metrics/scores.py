@@ -2,12 +2,11 @@
 
 import numpy as np
 import torch
-from torch import nn
 
 from utils.metrics.distances import frechet_distance, inception_score, moments, precision_recall
-from utils.metrics.features import Features
+from utils.metrics.features import Extractor, Features
 from utils.metrics.image_sets import Gaussian, Statistics
-from utils.metrics.measure import Measured, device_of
+from utils.metrics.measure import Measured
 
 SHUFFLE_SEED = 0
 
@@ -15,7 +14,7 @@ SHUFFLE_SEED = 0
 def score(
     samples: Measured,
     reference: Measured,
-    extractor: nn.Module,
+    extractor: Extractor,
     k: int = 3,
     split: int = 5000,
     dtype: torch.dtype = torch.float16,
@@ -41,12 +40,12 @@ def score(
             samples.features.pooled,
             k,
             dtype=dtype,
-            device=device_of(extractor),
+            device=extractor.device,
         )
     return {**figures, "precision": precision, "recall": recall}
 
 
-def notes_on_distance(extractor: nn.Module, name: str, fewest: int) -> list[str]:
+def notes_on_distance(extractor: Extractor, name: str, fewest: int) -> list[str]:
     """What a reader of a Fréchet distance should know; fewest: images in the smaller set."""
     notes = []
     if extractor.fingerprint != extractor.published:
@@ -61,7 +60,7 @@ def notes_on_distance(extractor: nn.Module, name: str, fewest: int) -> list[str]
     return notes
 
 
-def notes_on_scores(samples: Measured, reference: Measured, extractor: nn.Module, split: int) -> list[str]:
+def notes_on_scores(samples: Measured, reference: Measured, extractor: Extractor, split: int) -> list[str]:
     """What a reader of the scores of `score` should know."""
     count = samples.statistics.count
     notes = notes_on_distance(extractor, extractor.distance_name, min(count, reference.statistics.count or count))

@@ -1,17 +1,18 @@
 """How much alike two images are, pair by pair: PSNR, SSIM and LPIPS.
 
-All take images (N, H, W, 3) uint8 and others of the same shape, on one device, and return (N,) float64 on it. PSNR and SSIM
-by torchmetrics, LPIPS by the package lpips where it is installed.
+All take images (N, H, W, 3) uint8 and others of the same shape, on one device, and return (N,) float64 on it, by torchmetrics.
+Only `psnr_of_error` is for those who have an error already.
 """
 
 import http.client
 import math
-import warnings
 
 import torch
 from torch import Tensor, nn
 
-WINDOW = 11  # of SSIM, in pixels: no image may be smaller
+# in pixels, no side of an image may be smaller:
+WINDOW = 11  # of SSIM
+LPIPS_SIDE = 31  # of less AlexNet leaves nothing
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
@@ -26,6 +27,14 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
     return ratios.clamp(max=10 * math.log10(255**2 * images[0].numel()))
 
 
+def psnr_of_error(squared_error: Tensor, peak: float) -> Tensor:
+    """The same of mean squared errors of any shape, on values that range over `peak`: 2 for [-1, 1]; infinite for 0.
+
+    torchmetrics, which asks for images, rounds logarithms to float32: `psnr` is a few millionths of a dB away.
+    """
+    return -10 * torch.log10(squared_error / peak**2)
+
+
 def ssim(images: Tensor, others: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004), -1 to 1: Gaussian window of 11x11 with deviation 1.5, K1 = 0.01, K2 = 0.03.
 
@@ -34,9 +43,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    _check(images, others)
-    if min(images.shape[1:3]) < WINDOW:
-        raise ValueError(f"images of {images.shape[2]}x{images.shape[1]} pixels: SSIM needs at least {WINDOW}x{WINDOW}")
+    _check(images, others, WINDOW, "SSIM")
     # torchmetrics would take the mean over windows that stick out of the image as well, filled by reflection
     pairs = (part.permute(0, 3, 1, 2).double() for part in (images, others))  # its differences of squares lose many digits
     _, windows = structural_similarity_index_measure(*pairs, reduction="none", data_range=255.0, return_full_image=True)
@@ -44,35 +51,38 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     return windows[:, :, margin:-margin, margin:-margin].mean((1, 2, 3))
 
 
-class LPIPS(nn.Module):
-    """Distance of the features of AlexNet (Zhang et al. 2018, arXiv 1801.03924), version 0.1, 0 and up."""
+class LPIPS:
+    """Distance of the features of AlexNet (Zhang et al. 2018, arXiv 1801.03924), version 0.1, 0 and up.
+
+    network: of two batches of images (N, 3, H, W) in [-1, 1], on a device of the caller's choice. ValueError for images smaller
+    than LPIPS_SIDE.
+    """
 
     def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network.eval().requires_grad_(False)
+        self.network = network
 
     @torch.inference_mode()
-    def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        _check(images, others)
+    def __call__(self, images: Tensor, others: Tensor) -> Tensor:
+        _check(images, others, LPIPS_SIDE, "LPIPS")
         pairs = (part.permute(0, 3, 1, 2).float() / 127.5 - 1 for part in (images, others))
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self.network(*pairs).flatten().double()
 
 
-def load_lpips() -> tuple[LPIPS | None, str]:
-    """LPIPS on the CPU and "", or None and what it lacks: it stands beside other measures, which do without it."""
+def load_lpips(device: torch.device | str = "cpu") -> tuple[LPIPS | None, str]:
+    """LPIPS on the device and "", or None and what it lacks: it stands beside other measures, which do without it."""
+    from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
+
     try:
-        import lpips
-    except ImportError:
-        return None, "needs the package lpips"
-    try:
-        with warnings.catch_warnings(action="ignore"):  # it calls torchvision as that was years ago
-            return LPIPS(lpips.LPIPS(net="alex", verbose=False)), ""
+        # downloads torchvision's weights of AlexNet where they are not there yet; the rest comes with torchmetrics
+        network = LearnedPerceptualImagePatchSimilarity(net_type="alex").net
     except (OSError, RuntimeError, http.client.HTTPException):  # no connection, an incomplete download
         return None, "needs weights of AlexNet"
+    return LPIPS(network.to(device)), ""
 
 
-def _check(images: Tensor, others: Tensor) -> None:
+def _check(images: Tensor, others: Tensor, smallest: int = 1, measure: str = "") -> None:
+    """ValueError for other shapes or types, and for images whose sides the measure finds too small."""
     if (
         images.shape != others.shape
         or images.ndim != 4
@@ -81,3 +91,6 @@ def _check(images: Tensor, others: Tensor) -> None:
     ):
         kinds = " and ".join(f"{part.dtype} {tuple(part.shape)}" for part in (images, others))
         raise ValueError(f"images are {kinds}: give twice the same shape (N, H, W, 3) in uint8")
+    if min(images.shape[1:3]) < smallest:
+        size = f"{images.shape[2]}x{images.shape[1]}"
+        raise ValueError(f"images of {size} pixels: {measure} needs at least {smallest}x{smallest}")
