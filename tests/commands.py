@@ -132,10 +132,10 @@ def assert_same_training(run: Path, other: Path) -> None:
     """Both runs ended in the same state, bit for bit, and logged the same figures on the way."""
     ours, theirs = checkpoints(run)[-1], checkpoints(other)[-1]
     assert ours.name == theirs.name
-    for name in ("model", "ema", "optimizer"):
-        files = [path / f"{name}.safetensors" for path in (ours, theirs)]
-        assert files[0].exists() == files[1].exists()
-        tensors = [load_file(file) if file.exists() else {} for file in files]
+    names = [{file.name for file in path.glob("*.safetensors")} for path in (ours, theirs)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        tensors = [load_file(path / name) for path in (ours, theirs)]
         assert tensors[0].keys() == tensors[1].keys()
         differing = [key for key in tensors[0] if not torch.equal(tensors[0][key], tensors[1][key])]
         assert not differing, (name, differing)
