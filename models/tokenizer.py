@@ -84,6 +84,9 @@ TOKENIZER_PRESETS = {
     "f8-32": TokenizerConfig(
         sides=STANDARD_SIDES[32], channels=32, multipliers=(1, 1, 2, 2), num_blocks=1, num_codes=512, code_dim=16
     ),
+    "f4-32": TokenizerConfig(
+        sides=(1, 2, 3, 4, 6, 8), channels=32, multipliers=(1, 2, 2), num_blocks=1, num_codes=1024, code_dim=16
+    ),
 }
 
 

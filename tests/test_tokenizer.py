@@ -6,7 +6,7 @@ from small_models import seeded, small_tokenizer
 
 from models import autoencoder
 from models import tokenizer as tokenizer_module
-from models.tokenizer import TOKENIZER_PRESETS, TokenizerConfig
+from models.tokenizer import TOKENIZER_PRESETS, VQVAE, TokenizerConfig
 
 STRIDE = facts("tokenizer")["image_stride"]
 FEATURES = 1e-5
@@ -162,6 +162,18 @@ def test_impossible_configurations(config, message):
         TokenizerConfig(**config)
 
 
-@pytest.mark.parametrize(("name", "pixels"), [("f16-256", 256), ("f16-512", 512), ("f8-64", 64), ("f8-32", 32)])
+@pytest.mark.parametrize(("name", "pixels"), [("f16-256", 256), ("f16-512", 512), ("f8-64", 64), ("f8-32", 32), ("f4-32", 32)])
 def test_presets_take_images_of_their_name(name, pixels):
     assert TOKENIZER_PRESETS[name].image_shape == (pixels, pixels)
+
+
+def test_preset_f4_32_encodes_and_decodes():
+    model = VQVAE(TOKENIZER_PRESETS["f4-32"])
+    model.init_weights(seeded())
+    images = torch.rand(2, 3, 32, 32, generator=seeded()) * 2 - 1
+    indices = model.encode(images)
+    assert [scale.shape for scale in indices] == [(2, side**2) for side in (1, 2, 3, 4, 6, 8)]
+    assert 0 <= min(scale.min() for scale in indices) <= max(scale.max() for scale in indices) < 1024
+    decoded = model.decode(indices)
+    assert decoded.shape == images.shape
+    assert decoded[0].ne(decoded[1]).any()
