@@ -14,7 +14,7 @@ from models.autoencoder import Decoder, Encoder, PixelAttention, ResidualBlock
 from models.hub import HubModel
 from models.model_card import Facts, parameter_count
 from models.pyramid import STANDARD_SIDES, Pyramid
-from models.quantizer import MultiScaleQuantizer
+from models.quantizer import PLAIN, MultiScaleQuantizer, QuantizerTraining
 from models.storage import Description
 
 DECODED_PIXELS = {"cpu": 4 * 256 * 256, "cuda": 16 * 256 * 256}  # at a time: about 1 GB in float32, 2.5 GB in half precision
@@ -185,9 +185,14 @@ class VQVAE(nn.Module, HubModel):
         """Transformer inputs of scales 2..K for teacher forcing: (B, L - h_1 * w_1, code_dim), float32."""
         return self.quantizer.teacher_inputs(indices)
 
-    def forward(self, images: Tensor) -> Reconstruction:
-        """Images (B, 3, H, W) in [-1, 1] -> reconstruction with gradients and the VQ loss, for training."""
-        quantized = self.quantizer(self.features(images))
+    def forward(
+        self, images: Tensor, training: QuantizerTraining = PLAIN, generator: torch.Generator | None = None
+    ) -> Reconstruction:
+        """Images (B, 3, H, W) in [-1, 1] -> reconstruction with gradients and the VQ loss, for training.
+
+        training, generator: what is done in the quantizer besides, and of what it draws (on the CPU).
+        """
+        quantized = self.quantizer(self.features(images), training, generator)
         images = self.decoder(self.after_quantizer(quantized.features))
         return Reconstruction(images, quantized.indices, quantized.loss)
 

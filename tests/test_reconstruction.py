@@ -5,7 +5,6 @@ from commands import TINY_TOKENIZER
 from PIL import Image
 
 from models.tokenizer import VQVAE
-from utils.metrics.codes import CodeUsage
 from utils.metrics.features import load_extractor
 from utils.metrics.image_sets import FittedImages, open_images
 from utils.metrics.measure import measure_batches
@@ -75,16 +74,6 @@ def test_a_network_for_lpips_is_asked(tmp_path, tokenizer, extractor):
         tokenizer, archive(tmp_path, some_images()), extractor, lambda a, b: torch.arange(len(a)).double(), batch=4
     )
     assert found.lpips == pytest.approx((0 + 1 + 2 + 3 + 0 + 1 + 2) / 7)
-
-
-def test_usage_of_codes():
-    even = CodeUsage.of(torch.tensor([5, 0, 5, 5, 5, 0, 0, 0]))
-    assert (even.used, even.share) == (4, 0.5)
-    assert even.perplexity == pytest.approx(4)
-    uneven = CodeUsage.of(torch.tensor([3, 1]))
-    assert uneven.perplexity == pytest.approx(4 / 27**0.25)
-    rare = CodeUsage.of(torch.tensor([10**6, 100]))  # less than a thousandth of the share of equal codes
-    assert rare.used == 1
 
 
 def test_a_damaged_tokenizer_is_named(extractor, tmp_path):

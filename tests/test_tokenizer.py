@@ -6,6 +6,7 @@ from small_models import seeded, small_tokenizer
 
 from models import autoencoder
 from models import tokenizer as tokenizer_module
+from models.quantizer import QuantizerTraining
 from models.tokenizer import TOKENIZER_PRESETS, VQVAE, TokenizerConfig
 
 STRIDE = facts("tokenizer")["image_stride"]
@@ -177,3 +178,16 @@ def test_preset_f4_32_encodes_and_decodes():
     decoded = model.decode(indices)
     assert decoded.shape == images.shape
     assert decoded[0].ne(decoded[1]).any()
+
+
+def test_training_forward_hands_the_means_on():
+    model = small_tokenizer()
+    images = torch.rand(2, 3, *model.config.image_shape, generator=seeded(1)) * 2 - 1
+    training = QuantizerTraining(scale_dropout=1.0, dropout_from=1, matching=0.1)
+    result = model(images, training, seeded(2))
+    quantized = model.quantizer(model.features(images), training, seeded(2))
+    assert torch.equal(result.images, model.decoder(model.after_quantizer(quantized.features)))
+    assert torch.equal(result.vq_loss, quantized.loss)
+    plain = model(images)
+    assert not torch.equal(plain.images, result.images)
+    assert torch.equal(plain.images, model(images, QuantizerTraining()).images)

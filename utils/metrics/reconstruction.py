@@ -1,6 +1,6 @@
 """What a tokenizer loses of images: it encodes and decodes them, and the results are measured beside the originals.
 
-Legend: N images, K scales, V codes.
+Legend: N images, K scales.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist import Ranks
 from models.tokenizer import VQVAE
-from utils.metrics.codes import CodeUsage
+from utils.metrics.codes import CodeCounts, CodeUsage
 from utils.metrics.features import Extractor
 from utils.metrics.image_sets import ImageSet, Statistics
 from utils.metrics.measure import ALONE, Measurement, progress, share
@@ -81,7 +81,7 @@ def measure_reconstruction(
         Measurement(extractor, name, keep_features=False, first=part.start)
         for name in (images.source, f"reconstructions of {images.source}")
     )
-    codes = torch.zeros(len(tokenizer.pyramid.scales), tokenizer.config.num_codes, dtype=torch.float64, device=device)
+    codes = CodeCounts(tokenizer.pyramid, tokenizer.config.num_codes, device)
     compare = {"psnr": psnr} | ({"ssim": ssim} if min(images.height, images.width) >= WINDOW else {})
     compare |= {"lpips": lpips} if lpips else {}
     sums = torch.zeros(len(compare), dtype=torch.float64, device=device)
@@ -91,8 +91,7 @@ def measure_reconstruction(
             decoded, indices = reconstruct(tokenizer, originals)
             before.add(originals)
             after.add(decoded)
-            for counts, tokens in zip(codes, indices, strict=True):
-                counts += tokens.flatten().bincount(minlength=len(counts))
+            codes.add(indices)
             pair = [torch.from_numpy(images_of_batch).to(device) for images_of_batch in (originals, decoded)]
             sums += torch.stack([similarity(*pair).sum() for similarity in compare.values()])
             if len(shown) * batch < SHOWN:
@@ -100,8 +99,7 @@ def measure_reconstruction(
             advance(len(originals))
     real, made = (measurement.result(ranks).statistics for measurement in (before, after))
     means = dict(zip(compare, (ranks.sum(sums) / real.count).tolist(), strict=True))
-    codes = ranks.sum(codes).cpu()
+    codes = codes.over(ranks.sum)
     none = np.empty((0, images.height, images.width, 3), np.uint8)  # of a rank that has no images
     pairs = tuple(np.concatenate([none, *column])[:SHOWN] for column in (zip(*shown, strict=True) if shown else ((), ())))
-    usage = [CodeUsage.of(counts) for counts in (*codes, codes.sum(0))]
-    return Quality(real, made, means["psnr"], means.get("ssim"), means.get("lpips"), usage[:-1], usage[-1], pairs)
+    return Quality(real, made, means["psnr"], means.get("ssim"), means.get("lpips"), codes.by_scale(), codes.of_all(), pairs)
