@@ -67,11 +67,11 @@ def test_golden_attention_among_all_tokens(case):
     assert_near(y, GOLDEN[f"{case}.all_tokens"], 1e-5)
 
 
-def test_test_pyramid_has_scales_in_both_kinds_of_groups():
+def test_test_pyramid_has_scales_in_both_kinds_of_calls():
     attention = random_attention(history=False, window=3, windowed_scales=(3,))
     assert PYRAMID.num_tokens > LEADING_TOKENS
-    assert [list(group) for group in attention._groups(PYRAMID.scales)] == [[0, 1, 2], [3], [4], [5]]
-    assert [list(group) for group in random_attention(history=True)._groups(PYRAMID.scales)] == [[0, 1, 2, 3, 4], [5]]
+    assert [list(group) for group in attention._calls(PYRAMID.scales)] == [[0, 1, 2], [3], [4], [5]]
+    assert [list(group) for group in random_attention(history=True)._calls(PYRAMID.scales)] == [[0, 1, 2, 3, 4], [5]]
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -142,7 +142,7 @@ def test_a_full_disk_ends_a_dump_with_one_line(checkpoint, tmp_path, command, mo
 
 
 def test_cohorts_are_sampled_while_one_is_written(checkpoint, tmp_path, command, monkeypatch):
-    usual_write, usual_sample, sampled, seen = sample.Dump.write, sample.sample_scales, [], []
+    usual_write, usual_sample, sampled, seen = sample.Dump.write, sample.sample, [], []
 
     def write(dump, cohort, images):
         deadline = time.monotonic() + 20
@@ -156,7 +156,7 @@ def test_cohorts_are_sampled_while_one_is_written(checkpoint, tmp_path, command,
         return usual_sample(*arguments)
 
     monkeypatch.setattr(sample.Dump, "write", write)
-    monkeypatch.setattr(sample, "sample_scales", record)
+    monkeypatch.setattr(sample, "sample", record)
     assert command("--ckpt", checkpoint, "--out", tmp_path / "s.npz", "--format=npz", "--num=40")[0] == 0
     assert seen[0] >= 2
 
