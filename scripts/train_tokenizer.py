@@ -1,4 +1,4 @@
-"""Train the multi-scale VQVAE on a folder of images, with reconstruction, VQ and adversarial losses.
+"""Train the multi-scale VQVAE on a folder of images, with reconstruction, VQ, perceptual and adversarial losses.
 
 Codes that no vector of the last steps chose are moved onto vectors that look for one, or small data sets would use a fraction
 of the codebook. The same command resumes a run that was killed.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dist import Ranks, process_group, replicated
 from models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from models.quantizer import QuantizerTraining
 from models.storage import Description, read_config
 from models.tokenizer import TOKENIZER_PRESETS, VQVAE
 from trainer import Trainer
@@ -26,10 +27,12 @@ from utils.cli import flag, required
 from utils.data.images import check_resize
 from utils.data.sources import FolderData
 from utils.losses.adversarial import discriminator_loss, generator_loss, ramp
+from utils.losses.perceptual import PerceptualLoss
+from utils.metrics.codes import CodeCounts
 from utils.metrics.similarity import psnr_of_error
 from utils.runs.plan import learning_rate_factor
 from utils.runs.state import MODEL, Part, TrainState, optimizer_section
-from utils.runs.task import Evaluation, RunConfig, StepResult, Task, autocast
+from utils.runs.task import Evaluation, RunConfig, StepResult, Task, autocast, step_seed
 from utils.signals import StopRequest
 
 GRAD_CLIP = 1.0
@@ -51,12 +54,17 @@ class TokenizerTraining:
     l1: float = flag(0.2, "weight of the mean absolute error")
     l2: float = flag(1.0, "weight of the mean squared error")
     vq: float = flag(0.25, "weight of the codebook and commitment loss")
+    perceptual: float = flag(0.0, "weight of the distance in features of SqueezeNet, 0: none")
+    perceptual_logits: float = flag(0.0, "weight, within it, of the distance of SqueezeNet's logits; 0.01 makes both alike")
     gan: float = flag(0.01, "weight of the adversarial loss, 0: no discriminator")
     gan_from: float = flag(0.05, "share of the run after which the discriminator begins to learn")
     gan_ramp: float = flag(0.05, "share of the run over which the adversarial loss then comes in")
     gan_lr: float = flag(1e-3, "learning rate of the discriminator, constant")
     gan_width: int = flag(64, "channels of its first layer")
     restart_every: int = flag(20, "steps between restarts of unused codes, in the first half of the run; 0: never")
+    scale_dropout: float = flag(0.0, "share of the images of which only a random number of first scales is decoded")
+    perturbation: float = flag(0.0, "share of the codes that are swapped for near neighbours before they are decoded")
+    matching: float = flag(0.0, "weight, within --vq, of how far the codes' distribution is from that of what looks for one")
     resize: float = flag(1.125, "images are resized to this times their final size, then cropped", "--mid_reso")
     hflip: bool = flag(False, "mirror half of the training images")
     workers: int = flag(0, "processes that load images, per rank")
@@ -79,11 +87,16 @@ class TokenizerTraining:
         for name in ("ema", "gan_from", "gan_ramp"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a share from 0 to 1")
-        for name in ("l1", "l2", "vq", "gan", "gan_lr"):
+        for name in ("l1", "l2", "vq", "perceptual", "perceptual_logits", "gan", "gan_lr"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give 0 or more")
         DiscriminatorConfig(self.gan_width)
         check_resize(self.resize)
+        self.against_collapse()
+
+    def against_collapse(self) -> QuantizerTraining:
+        """The means that the flags ask for. ValueError for impossible values."""
+        return QuantizerTraining(scale_dropout=self.scale_dropout, perturbation=self.perturbation, matching=self.matching)
 
 
 class ImageReconstruction(Task):
@@ -108,6 +121,7 @@ class ImageReconstruction(Task):
         self.spread = self.tokenizer if ranks.world == 1 else replicated(self.tokenizer)
         optimizer = torch.optim.AdamW(self.tokenizer.parameters(), lr=config.lr, betas=(0.5, 0.9), weight_decay=0.0)
         self.parts = {MODEL: Part(self.tokenizer, optimizer, GRAD_CLIP)}
+        self.perceptual = PerceptualLoss(config.perceptual_logits).to(ranks.device) if config.perceptual else None
         if config.gan:
             self._add_discriminator()
         self.hits = torch.zeros(model.num_codes, device=ranks.device)  # of each code since the last restart
@@ -134,19 +148,26 @@ class ImageReconstruction(Task):
         images = next(batches)[0].to(self.ranks.device, non_blocking=True)
         if config.restart_every and state.step % config.restart_every == 0 and progress <= 0.5:
             self._restart_codes(images, state.step)
+        generator = torch.Generator().manual_seed(step_seed(config.seed, state.step, self.ranks.rank))
         with autocast(self.ranks.device, config.fp16):
-            result = self.spread(images)
+            result = self.spread(images, config.against_collapse(), generator)
         decoded = result.images.float()
         # -> losses -> gradients
         loss = config.l1 * F.l1_loss(decoded, images) + config.l2 * F.mse_loss(decoded, images) + config.vq * result.vq_loss
         figures = {"loss": loss.detach(), "vq_loss": result.vq_loss.detach()}
+        if self.perceptual is not None:
+            with autocast(self.ranks.device, config.fp16):
+                distance = self.perceptual(decoded, images)
+            loss = loss + config.perceptual * distance
+            figures["perceptual"] = distance.detach()
         if config.gan and progress >= config.gan_from:
             judged = self._judge(state, images, decoded, figures)
             loss = loss + config.gan * ramp(progress, config.gan_from, config.gan_ramp) * judged
         state.scaler.scale(loss).backward()
         self.hits += torch.cat(result.indices, dim=1).flatten().bincount(minlength=len(self.hits))
         error = F.mse_loss(decoded.detach().clamp(-1, 1), images)
-        return StepResult(loss.detach(), figures | {"psnr": psnr_of_error(error, peak=2)}, {"learning_rate": rate})
+        figures["psnr"] = psnr_of_error(error, peak=2)
+        return StepResult(torch.stack(list(figures.values())).sum(), (figures, result.indices), {"learning_rate": rate})
 
     def _judge(self, state: TrainState, images: Tensor, decoded: Tensor, figures: dict[str, Tensor]) -> Tensor:
         """The decoder's adversarial loss, (); leaves the gradients of the discriminator's own loss in it."""
@@ -173,7 +194,12 @@ class ImageReconstruction(Task):
         self.hits.zero_()
 
     def figures(self, result: StepResult) -> dict[str, float]:
-        return {name: (self.ranks.sum(value) / self.ranks.world).item() for name, value in result.outcome.items()}
+        """Losses, and the use of the codebook in this step."""
+        figures, indices = result.outcome
+        counts = CodeCounts(self.tokenizer.pyramid, len(self.hits), self.ranks.device)
+        counts.add(indices)
+        means = {name: (self.ranks.sum(value) / self.ranks.world).item() for name, value in figures.items()}
+        return means | counts.over(self.ranks.sum).figures()
 
     def explain(self, result: StepResult) -> str:
         losses = self.ranks.gather(result.loss)
@@ -187,7 +213,7 @@ class ImageReconstruction(Task):
     def evaluate(self, state: TrainState, stop: StopRequest | None = None) -> Evaluation | None:
         """Reconstruction error and use of the codebook on the held-out images."""
         tokenizer, ranks = self.tokenizer.eval(), self.ranks
-        hits = torch.zeros(tokenizer.pyramid.num_scales, tokenizer.config.num_codes, device=ranks.device)
+        counts = CodeCounts(tokenizer.pyramid, tokenizer.config.num_codes, ranks.device)
         totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # squared error, images
         batches = self.data.val_batches(self.config.bs // ranks.world, ranks.rank, ranks.world)
         for images, _ in batches:
@@ -198,18 +224,16 @@ class ImageReconstruction(Task):
             errors = (tokenizer.decode(indices) - images).square().mean(dim=(1, 2, 3))
             totals[0] += errors.double().sum()
             totals[1] += len(images)
-            for k, scale_indices in enumerate(indices):
-                hits[k] += scale_indices.flatten().bincount(minlength=tokenizer.config.num_codes)
+            counts.add(indices)
         tokenizer.train()
         if ranks.largest(stop.number if stop is not None else 0):
             return None
         squared_error, count = ranks.sum(totals)
-        hits = ranks.sum(hits)
-        figures = {
-            "val_psnr": psnr_of_error(squared_error / count, peak=2).item(),
-            "codes_used": (hits.sum(0) > 0).sum().item(),
-        }
-        return Evaluation(figures | {f"codes_used_scale_{k}": (row > 0).sum().item() for k, row in enumerate(hits)})
+        counts = counts.over(ranks.sum)
+        usage = counts.of_all()
+        figures = {"val_psnr": psnr_of_error(squared_error / count, peak=2).item()}
+        figures |= {"codes_used": usage.used, "perplexity": usage.perplexity}
+        return Evaluation(figures | counts.figures("val_"))
 
     # --- saved with it --------------------------------------------------------------------------------------------------
 

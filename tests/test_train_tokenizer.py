@@ -12,6 +12,8 @@ from utils.runs.log import read_metrics
 TINY = TokenizerConfig(sides=(1, 2, 4), channels=32, multipliers=(1, 1), num_blocks=1, num_codes=16, code_dim=4)  # 8 px
 FLAGS = ["--preset=tiny", "--bs=6", "--max_steps=30", "--log_every=5", "--save_every=10", "--restart_every=3", "--gan_width=8"]
 
+MEANS = ["--scale_dropout=0.5", "--perturbation=0.3", "--matching=0.1", "--perceptual=0.1", "--perceptual_logits=0.01"]
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
@@ -31,12 +33,15 @@ def test_training_improves_the_reconstruction_and_uses_the_codebook(images, tmp_
     assert [entry["step"] for entry in validations] == [10, 20, 30]
     assert validations[-1]["val_psnr"] > validations[0]["val_psnr"]
     assert validations[-1]["codes_used"] >= 8
+    assert list(validations[-1]["val_perplexity"]) == ["1x1", "2x2", "4x4"]
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.config == TINY
     assert [len(i[0]) for i in tokenizer.encode(torch.zeros(1, 3, 8, 8))] == [1, 4, 16]
 
 
-@pytest.mark.parametrize("flags", [[], ["--gan=0"], ["--fp16=1", "--ema=0.9"], ["--gan_from=0.5", "--gan_ramp=0.2"]], ids=str)
+@pytest.mark.parametrize(
+    "flags", [[], ["--gan=0"], ["--fp16=1", "--ema=0.9"], ["--gan_from=0.5", "--gan_ramp=0.2"], MEANS], ids=str
+)
 def test_a_stopped_run_goes_on_to_the_same_end(flags, images, tmp_path, command):
     def train(name):
         return command(*FLAGS, *flags, "--keep=3", "--data_path", images, "--out", tmp_path / name)
