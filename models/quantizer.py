@@ -214,7 +214,9 @@ class MultiScaleQuantizer(nn.Module):
         """Inputs of scales 2..K, (B, L - h_1 * w_1, C) float32: for each scale the sum of all coarser ones, averaged down."""
         batch, codebook = indices[0].shape[0], self.codebook.weight
         inputs = [codebook.new_zeros(batch, 0, codebook.shape[1], dtype=torch.float32)]
-        for k, f_hat in enumerate(self.partial_sums(indices[:-1]) if len(indices) > 1 else ()):
+        f_hat = self.initial(batch)
+        for k, scale_indices in enumerate(indices[:-1]):  # not by partial_sums: some versions compile no generators
+            f_hat = self.add_scale(f_hat, k, self.codebook(scale_indices))
             inputs.append(self.next_input(f_hat, k).float())
         return torch.cat(inputs, dim=1)
 
