@@ -8,7 +8,7 @@ has left: runs, caches and checkpoints. Only command lines are used, nothing is 
 
 Compared are tensors, logged figures, tokens, pictures, settings and scores, but not what the clock or the memory decides. What
 only AFTER has, such as a new figure in a log, is told and is no difference; a tensor more is one. Left out are compiled blocks
-(--tfast), stops by a signal (scripts/soak.py has them) and everything that needs a GPU.
+(--tfast), stops by a signal (soak.py has them) and everything that needs a GPU.
 """
 
 import fnmatch
@@ -357,11 +357,12 @@ def check(title: str, before: Path, after: Path, failure: str) -> dict:
     for counts, how in differences(files, {} if failure else compared_files(after), ""):
         how = how.removeprefix(": ")
         if counts:
-            by_file.setdefault(how.partition(": ")[0], how)
+            by_file.setdefault(how.partition(": ")[0].partition("[")[0], how)  # metrics.jsonl of metrics.jsonl[3]: loss
         else:
             told.add(how)
     found = list(by_file.values()) if files else [failure or "nothing is there to be compared"]
-    verdict = f"DIFFERS in {len(by_file)} of {len(files)} files: {found[0]}" if found else f"same, {len(files)} files"
+    extent = f" in {len(by_file)} of {len(files)} files" if by_file else ""
+    verdict = f"DIFFERS{extent}: {found[0]}" if found else f"same, {len(files)} files"
     print(f"{title}: {verdict}" + (f"; only in AFTER, or recorded otherwise: {', '.join(sorted(told))}" if told else ""))
     return {"name": title, "same": not found, "files": len(files), "differences": found, "told": sorted(told)}
 
