@@ -70,4 +70,4 @@ def test_the_whole_demo_runs_and_writes_everything(demo, tmp_path, monkeypatch, 
     assert f"{metrics['recognised_real']:.1%} of real held-out images" in output
     assert f"FD-EffLite0          {metrics['fd_samples']:.1f} of 80 samples" in output
     assert min(metrics["fd_samples"], metrics["fd_reconstructions"]) > metrics["fd_real"] > 1
-    assert len(TokenCache(tmp_path / "tokens", "train")) == 1800
+    assert len(TokenCache(tmp_path / "tokens", "train")) == 900
