@@ -1,5 +1,7 @@
 """What all tests share."""
 
+import signal
+
 import pytest
 import torch
 from commands import make_images, make_tokenizer
@@ -7,6 +9,7 @@ from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 torch.set_num_threads(1)  # small models are many times slower with threads that wait for one another
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background with it ignored
 
 
 def pytest_runtest_setup(item):
