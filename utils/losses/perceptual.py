@@ -140,7 +140,7 @@ def lpips_loss(path: Path, sha256: str, net: str = "vgg") -> LPIPSLoss:
     names = {ours: f"features.{ours.partition('.')[2]}" for ours in network.net.state_dict()}
     found = {ours: tensors[theirs] for ours, theirs in names.items() if isinstance(tensors.get(theirs), Tensor)}
     fill_(network.net, found, path, f"no {name} of torchvision")
-    return LPIPSLoss(network, smallest)
+    return LPIPSLoss(network.requires_grad_(False), smallest)  # of torchmetrics 1.1 the heads would be trained
 
 
 # --- checks -------------------------------------------------------------------------------------------------------------
