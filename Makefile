@@ -18,7 +18,7 @@ test-oldest: BIN := $(OLDEST)/bin
 test test-oldest:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py

@@ -1,6 +1,10 @@
 """What all tests share."""
 
+import os
 import signal
+
+# Small models are many times slower with threads that wait for one another: here, and in commands that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -8,7 +12,6 @@ from commands import make_images, make_tokenizer
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-torch.set_num_threads(1)  # small models are many times slower with threads that wait for one another
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background with it ignored
 
 
