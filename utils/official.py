@@ -237,7 +237,7 @@ def _reversed_level(name: str, num_levels: int) -> str:
 def tokenizer_to_official(config: TokenizerConfig, weights: StateDict) -> StateDict:
     """The released state dict of a tokenizer of ours, with the counter of code use that the released code keeps, at zero.
 
-    What its tensors do not say, the released VQVAE is told when it is built: v_patch_nums, and using_znorm for lookup by cosine.
+    What its tensors do not say, the released VQVAE is told when it is built: v_patch_nums, and using_znorm for cosine lookup.
     """
     num_levels = len(config.multipliers)
     names = [pair for pair in TOKENIZER_NAMES if _holds_phi(pair[0]) in (None, min(config.num_phi, 2))]
@@ -247,13 +247,13 @@ def tokenizer_to_official(config: TokenizerConfig, weights: StateDict) -> StateD
         name = _reversed_level(name, num_levels)
         pattern, theirs = next(pair for pair in backwards if re.fullmatch(pair[0], name))
         released[re.sub(pattern, theirs, name)] = tensor
-    num_scales = len(config.sides)
-    return released | {"quantize.ema_vocab_hit_SV": weights["quantizer.codebook.weight"].new_zeros(num_scales, config.num_codes)}
+    hits = weights["quantizer.codebook.weight"].new_zeros(len(config.sides), config.num_codes)
+    return released | {"quantize.ema_vocab_hit_SV": hits}
 
 
 def _holds_phi(pattern: str) -> int | None:
     """Of which num_phi a released name tells: 0 one per scale, 1 shared by all, 2 for more; None for other names."""
-    kinds = {"quantize\\.quant_resi\\.(": 0, "quantize\\.quant_resi\\.qresi\\.": 1, "quantize\\.quant_resi\\.qresi_ls\\.": 2}
+    kinds = {r"quantize\.quant_resi\.(": 0, r"quantize\.quant_resi\.qresi\.": 1, r"quantize\.quant_resi\.qresi_ls\.": 2}
     return next((kind for start, kind in kinds.items() if pattern.startswith(start)), None)
 
 

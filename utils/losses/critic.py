@@ -48,7 +48,8 @@ class Critic:
         self.model.init_weights()
         self.model.to(ranks.device)
         self.spread = self.model if ranks.world == 1 else replicated(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.rate, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
+        settings = {"lr": config.rate, "betas": (0.5, 0.9), "weight_decay": 0.0, "fused": True}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), **settings)
         self.anchors = torch.zeros(2, device=ranks.device)
 
     def learn(

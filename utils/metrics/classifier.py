@@ -13,37 +13,46 @@ from torch import Tensor, nn
 from models.storage import weights_hash
 from utils.metrics.features import Features
 
-WIDTHS = (32, 64, 128)
+SIDE = 32  # pixels that it works at
+WIDTHS = (16, 32, 64)
 BATCH = 64
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 2e-3
 MIN_STEPS, EPOCHS = 300, 4
 
 
 class SmallClassifier:
-    """Extractor (utils/metrics/features.py) with pooled (N, 128) and logits (N, classes); ready after `train_classifier`."""
+    """Extractor (utils/metrics/features.py) with pooled (N, 128) and logits (N, classes); ready after `train_classifier`.
+
+    Its layers see images of any size, made as large as SIDE.
+    """
 
     name = "classifier"
     distance_name = "FD-classifier"
     score_name = "IS-classifier"
     published = ""  # there is no file of it
-    dim = WIDTHS[-1]
+    dim = 128
     spatial_dim = 0
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
         self.device, self.num_classes = torch.device(device), num_classes
         layers: list[nn.Module] = []
         for inputs, outputs in zip((3, *WIDTHS), WIDTHS, strict=False):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.ReLU(), nn.MaxPool2d(2)]
-        self.network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(self.device)
-        self.classifier = nn.Linear(WIDTHS[-1], num_classes).to(self.device)
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        features = WIDTHS[-1] * (SIDE // 2 ** len(WIDTHS)) ** 2
+        layers += [nn.Flatten(), nn.Linear(features, self.dim), nn.ReLU()]
+        self.network = nn.Sequential(*layers).to(self.device)
+        self.classifier = nn.Linear(self.dim, num_classes).to(self.device)
 
     @property
     def fingerprint(self) -> str:
         return weights_hash(nn.ModuleList([self.network, self.classifier]))
 
     def __call__(self, images: Tensor) -> Features:
-        """images (N, H, W, 3) uint8, no side under 8 pixels, on its device."""
-        pooled = self.network(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        """images (N, H, W, 3) uint8 of any size, on its device."""
+        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        pooled = self.network(
+            x if x.shape[2:] == (SIDE, SIDE) else F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)
+        )
         return Features(pooled, self.classifier(pooled))
 
     @torch.inference_mode()

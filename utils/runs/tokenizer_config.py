@@ -50,7 +50,7 @@ class TokenizerTraining:
     data_path: str = required("directory with train/<class>/* and val/<class>/*")
     out: str = required("run directory; a run in it is resumed")
     # what is trained
-    preset: str = flag("f16-256", "sizes of the tokenizer, and defaults of other flags", choices=tuple(TOKENIZER_PRESETS))
+    preset: str = flag("f16-256", "sizes of the tokenizer, and defaults of other flags", choices=TOKENIZER_PRESETS)
     pn: str = flag("", "pyramid instead of the preset's: sides such as 1_2_3_4_5_6", "--pyramid")
     cosine: bool = flag(False, "codes are chosen by cosine instead of distance", "--normalize_lookup")
     init_from: str = flag("", "weights to start from: released file, run, checkpoint or name on the hub; its sizes count")
