@@ -29,13 +29,14 @@ from utils import cli, plots
 from utils.checkpoint import load_fitting_tokenizer, load_tokenizer_for
 from utils.data.images import check_root
 from utils.data.sources import CachedData, Data, FolderData
-from utils.data.token_cache import check_classes, fingerprint, read_manifest
+from utils.data.token_cache import check_classes, fingerprint, is_of, read_manifest, short
 from utils.metrics.fidelity import Fidelity
 from utils.runs.config import RELEASED_TOKENIZER, TrainConfig
 from utils.runs.flops import peak_flops, training_flops
 from utils.runs.optim import build_adamw, set_rates_
 from utils.runs.plan import step_plan
 from utils.runs.resume import check_same_transformer, chosen_seed
+from utils.runs.saving import read_numbers
 from utils.runs.state import MODEL, Part, TrainState
 from utils.runs.tally import Tally
 from utils.runs.task import ALL_RANKS, AUTOCAST_DTYPES, Evaluation, RunConfig, StepResult, Task, autocast, step_seed
@@ -279,6 +280,12 @@ class NextScalePrediction(Task):
 
     def check_resumable(self, checkpoint: Path) -> None:
         check_same_transformer(checkpoint, self.transformer)
+        theirs = read_numbers(checkpoint).get("tokenizer", self.tokenizer_hash)  # earlier code did not note it
+        if not is_of(theirs, self.tokenizer):
+            raise ValueError(
+                f"{checkpoint}: trained on tokens of a tokenizer with hash {short(theirs)}, the one given has "
+                f"{short(self.tokenizer_hash)}: give that one, or another --local_out_dir_path"
+            )
         check_classes(read_description(checkpoint).class_names, self.data.class_names, checkpoint, "the data given")
 
     def notes(self) -> list[str]:

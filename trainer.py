@@ -169,8 +169,10 @@ class Trainer:
         clock_start = time.monotonic() - state.seconds
         while True:
             # validate
+            is_best = False
             if state.validation_due:
                 final = self._validate(log, stop)
+                is_best = self._note_best(final)
                 mark_time, mark_step = time.monotonic(), state.step
             # stop?
             save_failed = self.sharded is not None and self.sharded.has_failed()
@@ -180,7 +182,7 @@ class Trainer:
                 raise OSError("another rank could not write the last checkpoint; what it says tells why")
             # save
             is_last = self._finished() or stopped_by
-            if (is_last or state.step % config.save_every == 0) and state.step > self.saved_step:
+            if is_best or ((is_last or state.step % config.save_every == 0) and state.step > self.saved_step):
                 self.save()
             if is_last:
                 return final, stopped_by
@@ -199,6 +201,8 @@ class Trainer:
                 share = self.progress()
                 total = round(state.step / share) if config.max_minutes else config.total_steps
                 log.progress(state.step, total, share, state.seconds, metrics)
+                for remark in self.task.remarks(state.step, metrics):
+                    log.text(f"step {state.step}: {remark}")
 
     def progress(self) -> float:
         """The passed share of the run, by steps or by minutes, whichever is further."""
@@ -258,6 +262,22 @@ class Trainer:
         state.validation_due = False
         return figures
 
+    def _note_best(self, figures: dict[str, float]) -> bool:
+        """Whether a validation is the best so far by config.best, and to be kept; a stopped one has no figures.
+
+        ValueError where validations have no such figure.
+        """
+        state, name = self.state, self.config.best
+        if not name or not figures:
+            return False
+        if name not in figures:
+            raise ValueError(f"--best={name}: validations have no such figure here, they have {', '.join(figures)}: give one")
+        sign = 1 if name in self.task.higher_is_better else -1
+        if state.best is not None and not sign * figures[name] > sign * state.best:
+            return False
+        state.best, state.best_step = figures[name], state.step
+        return True
+
     # --- saving and resuming --------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
@@ -276,6 +296,7 @@ class Trainer:
         numbers = state.numbers() | self.circumstances() | self.task.numbers()
         described = state.model.config, self.task.description()
         arguments = (config.directory, state.step, *described, numbers, self.tensors(), config.keep)
+        arguments += (state.best_step,) if config.best else ()
         self.saved_step = state.step
         if self.sharded is not None:
             self.sharded.start(*arguments)
@@ -297,7 +318,7 @@ class Trainer:
             return notes
         self.task.check_resumable(checkpoint)
         numbers = read_numbers(checkpoint)
-        notes += changes(numbers, self.circumstances(), checkpoint, self.task.drawn_by_rank)
+        notes += changes(numbers, self.circumstances(), self.task.drawn_by_rank)
         anew = restore_(self.tensors(), checkpoint, (AVERAGED, *self.task.may_start_anew))
         self.state.start_anew_(anew)
         notes += [f"{checkpoint.name} has no {section}, which starts anew" for section in sorted(anew)]

@@ -58,3 +58,37 @@ class PatchDiscriminator(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.judge(x)
+
+
+class FeatureDiscriminator(nn.Module):
+    """Maps of frozen features at several depths -> judgements of all their places (StyleGAN-T, arXiv 2301.09515, section 3.2).
+
+    channels: of the maps. Only the heads are trained, so that it learns little by heart; what the features were trained on, it
+    knows. The network that makes them is its caller's.
+    """
+
+    def __init__(self, channels: tuple[int, ...], width: int = 64):
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(count, width, 1),
+                nn.GroupNorm(min(8, width), width),
+                nn.LeakyReLU(SLOPE),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.LeakyReLU(SLOPE),
+                nn.Conv2d(width, 1, 1),
+            )
+            for count in channels
+        )
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Weights that keep the variance through the leaky ReLUs."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, a=SLOPE, generator=generator)
+                module.bias.zero_()
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """maps: (B, C, h, w) each -> (B, places of all of them)."""
+        return torch.cat([head(x).flatten(1) for head, x in zip(self.heads, maps, strict=True)], dim=1)

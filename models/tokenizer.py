@@ -75,6 +75,8 @@ class TokenizerConfig:
         return height * self.downsampling, width * self.downsampling
 
 
+TOKEN_PARTS = ("encoder", "before_quantizer", "quantizer")  # what decides which tokens an image has; the rest only draws
+
 TOKENIZER_PRESETS = {
     "f16-256": TokenizerConfig(),
     "f16-512": TokenizerConfig(sides=STANDARD_SIDES[512]),

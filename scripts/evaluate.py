@@ -305,6 +305,8 @@ def reconstruction(config: ReconstructionConfig, ranks: Ranks) -> None:
     names = [f"{height}x{width}" for height, width in tokenizer.pyramid.shapes]
     codes = {name: asdict(usage) for name, usage in zip([*names, "all"], [*quality.scales, quality.all_scales], strict=True)}
     notes = notes_on_distance(extractor, distance, count)
+    if tokenizer.description.training.get("gan_features") == extractor.name:
+        notes.append(f"{distance} flatters: the tokenizer's discriminator looked at images through {extractor.name}, too")
     print("\n".join([table({"reconstructions": shown}), code_table(codes), *notes]))
     if config.out:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)

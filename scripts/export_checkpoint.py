@@ -1,4 +1,7 @@
-"""Turn a checkpoint of a run, sharded or not, into single files: model.safetensors, ema.safetensors and config.json."""
+"""Turn a checkpoint of a run, sharded or not, into single files: model.safetensors, ema.safetensors and config.json.
+
+With --released, of a tokenizer: one .pth with the released names, which the released VAR code loads.
+"""
 
 import sys
 from dataclasses import dataclass
@@ -6,10 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
+from models.storage import AVERAGED
 from utils import cli
-from utils.checkpoint import load_description, load_transformer, locate, save_model, write_tensors
-from utils.cli import argument, required
-from utils.files import written_aside
+from utils.checkpoint import load_description, load_tokenizer, load_transformer, locate, save_model, write_tensors
+from utils.cli import argument, flag, required
+from utils.files import replace_file, written_aside
+from utils.official import tokenizer_to_official
 
 
 @dataclass(frozen=True)
@@ -17,7 +24,8 @@ class ExportConfig:
     """Flags of scripts/export_checkpoint.py."""
 
     source: str = argument("run or checkpoint directory; of a run, its last complete checkpoint")
-    out: str = required("directory to write; what is there already is not touched")
+    out: str = required("directory to write, with --released a .pth; what is there already is not touched")
+    released: bool = flag(False, "of a tokenizer: under the released names, its averaged weights where there are any")
 
 
 def main() -> None:
@@ -25,14 +33,25 @@ def main() -> None:
     out = Path(config.out)
     if out.exists():
         raise ValueError(f"{out}: is there already: give another --out")
-    checkpoint = locate(config.source, wanted="transformer").parent
+    checkpoint = locate(config.source, wanted="checkpoint").parent
     description = load_description(checkpoint)
     if description is None:
         raise ValueError(f"{config.source}: not a run or checkpoint of this project: give the directory of one")
-    model, averaged = (load_transformer(checkpoint, ema=average) for average in (False, True))
-    with written_aside(out) as directory:
-        save_model(directory, model, description)
-        write_tensors(directory / "ema.safetensors", averaged.state_dict())
+    load = load_tokenizer if description.kind == "tokenizer" else load_transformer
+    if config.released:
+        if description.kind != "tokenizer":
+            raise ValueError(f"{config.source}: is a {description.kind}: --released is for tokenizers, leave it out")
+        if out.suffix != ".pth":
+            raise ValueError(f"--out={out}: the released code reads .pth files: give such a name")
+        tokenizer = load(checkpoint)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(out) as path:
+            torch.save(tokenizer_to_official(tokenizer.config, tokenizer.state_dict()), path)
+    else:
+        model, averaged = (load(checkpoint, ema=average) for average in (False, True))
+        with written_aside(out) as directory:
+            save_model(directory, model, description)
+            write_tensors(directory / AVERAGED, averaged.state_dict())
     print(f"wrote {checkpoint} to {out}")
 
 

@@ -1,108 +1,55 @@
 """Train the multi-scale VQVAE on a folder of images, with reconstruction, VQ, perceptual and adversarial losses.
 
 Codes that no vector of the last steps chose are moved onto vectors that look for one, or small data sets would use a fraction
-of the codebook. The same command resumes a run that was killed.
+of the codebook. With --refine the decoder alone learns, and tokens stay what they are. The same command resumes a run that was
+killed.
 """
 
-import contextlib
+import functools
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from dist import Ranks, process_group, replicated
-from models.discriminator import DiscriminatorConfig, PatchDiscriminator
-from models.quantizer import QuantizerTraining
 from models.storage import Description, read_config
-from models.tokenizer import TOKENIZER_PRESETS, VQVAE
+from models.tokenizer import TOKEN_PARTS, VQVAE
 from trainer import Trainer
-from utils import cli
-from utils.cli import flag, required
-from utils.data.images import check_resize
+from utils import cli, plots
+from utils.checkpoint import load_fitting_tokenizer
 from utils.data.sources import FolderData
-from utils.losses.adversarial import discriminator_loss, generator_loss, ramp
-from utils.losses.perceptual import PerceptualLoss
+from utils.losses.adversarial import adaptive_weight, ramp
+from utils.losses.backbones import DinoMaps, EfficientNetMaps
+from utils.losses.critic import Balance, Critic, CriticConfig
+from utils.losses.perceptual import PerceptualLoss, lpips_loss
 from utils.metrics.codes import CodeCounts
-from utils.metrics.similarity import psnr_of_error
+from utils.metrics.features import EfficientNetLite0
+from utils.metrics.fidelity import Fidelity
+from utils.metrics.similarity import WINDOW, psnr_of_error, ssim
 from utils.runs.plan import learning_rate_factor
 from utils.runs.state import MODEL, Part, TrainState, optimizer_section
 from utils.runs.task import Evaluation, RunConfig, StepResult, Task, autocast, step_seed
+from utils.runs.tokenizer_config import TokenizerTraining, recipe
 from utils.signals import StopRequest
 
-GRAD_CLIP = 1.0
 CRITIC = "discriminator"  # the part
 CRITIC_CLIP = 10.0
-
-
-@dataclass(frozen=True)
-class TokenizerTraining:
-    """Flags of scripts/train_tokenizer.py."""
-
-    data_path: str = required("directory with train/<class>/* and val/<class>/*")
-    out: str = required("run directory; a run in it is resumed")
-    preset: str = flag("f16-256", "sizes of the tokenizer", choices=tuple(TOKENIZER_PRESETS))
-    bs: int = flag(128, "images per step, over all ranks", "--batch_size")
-    lr: float = flag(1e-3, "peak learning rate", "--learning_rate")
-    max_steps: int = flag(100_000, "steps")
-    max_minutes: float = flag(0.0, "end the run, schedule included, after so many minutes at the latest, 0: off")
-    l1: float = flag(0.2, "weight of the mean absolute error")
-    l2: float = flag(1.0, "weight of the mean squared error")
-    vq: float = flag(0.25, "weight of the codebook and commitment loss")
-    perceptual: float = flag(0.0, "weight of the distance in features of SqueezeNet, 0: none")
-    perceptual_logits: float = flag(0.0, "weight, within it, of the distance of SqueezeNet's logits; 0.01 makes both alike")
-    gan: float = flag(0.01, "weight of the adversarial loss, 0: no discriminator")
-    gan_from: float = flag(0.05, "share of the run after which the discriminator begins to learn")
-    gan_ramp: float = flag(0.05, "share of the run over which the adversarial loss then comes in")
-    gan_lr: float = flag(1e-3, "learning rate of the discriminator, constant")
-    gan_width: int = flag(64, "channels of its first layer")
-    restart_every: int = flag(20, "steps between restarts of unused codes, in the first half of the run; 0: never")
-    scale_dropout: float = flag(0.0, "share of the images of which only a random number of first scales is decoded")
-    perturbation: float = flag(0.0, "share of the codes that are swapped for near neighbours before they are decoded")
-    matching: float = flag(0.0, "weight, within --vq, of how far the codes' distribution is from that of what looks for one")
-    resize: float = flag(1.125, "images are resized to this times their final size, then cropped", "--mid_reso")
-    hflip: bool = flag(False, "mirror half of the training images")
-    workers: int = flag(0, "processes that load images, per rank")
-    ema: float = flag(0.0, "decay of the averaged weights, ramped up at the start; 0: no average")
-    fp16: int = flag(0, "0: float32, 1: float16 with loss scaling, 2: bfloat16", "--precision", choices=(0, 1, 2))
-    max_bad_steps: int = flag(20, "fp16: end the run after so many steps in a row whose gradient is not finite")
-    seed: int = flag(0, "of data order, initial weights and restarts")
-    log_every: int = flag(20, "steps between log lines")
-    val_every: int = flag(0, "steps between validations, 0: as --save_every")
-    save_every: int = flag(1000, "steps between checkpoints")
-    keep: int = flag(2, "checkpoints to keep")
-
-    def __post_init__(self):
-        for name in ("bs", "max_steps", "log_every", "save_every", "keep", "max_bad_steps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
-        for name in ("val_every", "workers", "max_minutes", "restart_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name}={getattr(self, name)}: give 0 or more")
-        for name in ("ema", "gan_from", "gan_ramp"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name}={getattr(self, name)}: give a share from 0 to 1")
-        for name in ("l1", "l2", "vq", "perceptual", "perceptual_logits", "gan", "gan_lr"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name}={getattr(self, name)}: give 0 or more")
-        DiscriminatorConfig(self.gan_width)
-        check_resize(self.resize)
-        self.against_collapse()
-
-    def against_collapse(self) -> QuantizerTraining:
-        """The means that the flags ask for. ValueError for impossible values."""
-        return QuantizerTraining(scale_dropout=self.scale_dropout, perturbation=self.perturbation, matching=self.matching)
+SHOWN_IMAGES = 8
+BIASED = "FD-EffLite0 of this tokenizer flatters it: its discriminator looked at images through the same network"
 
 
 class ImageReconstruction(Task):
     """Images are encoded, quantized and decoded; what comes out is to be what went in (VAR, arXiv 2404.02905, section 3.2)."""
 
     drawn_by_rank = "restarted codes"
+    higher_is_better = ("val_psnr", "val_ssim")
     may_start_anew = (CRITIC, optimizer_section(CRITIC))  # a run without one may go on with one
 
     def __init__(self, config: TokenizerTraining, ranks: Ranks):
@@ -110,77 +57,93 @@ class ImageReconstruction(Task):
         self.ranks = ranks
         if config.bs % ranks.world:
             raise ValueError(f"--bs={config.bs} does not divide by {ranks.world} ranks: give a multiple")
-        model = TOKENIZER_PRESETS[config.preset]
-        pixels = model.image_shape[0]
-        self.data = FolderData(config.data_path, pixels, config.resize, config.hflip, config.seed, config.workers)
-        torch.manual_seed(config.seed)
-        self.tokenizer = VQVAE(model)
-        self.tokenizer.init_weights()
-        self.tokenizer.to(ranks.device)
+        self.tokenizer = first_tokenizer(config).to(ranks.device)
+        self.data = self._build_data()
         self.title, self.details = f"tokenizer {config.preset}", f"pyramid {self.tokenizer.pyramid}"
         self.spread = self.tokenizer if ranks.world == 1 else replicated(self.tokenizer)
-        optimizer = torch.optim.AdamW(self.tokenizer.parameters(), lr=config.lr, betas=(0.5, 0.9), weight_decay=0.0)
-        self.parts = {MODEL: Part(self.tokenizer, optimizer, GRAD_CLIP)}
-        self.perceptual = PerceptualLoss(config.perceptual_logits).to(ranks.device) if config.perceptual else None
-        if config.gan:
-            self._add_discriminator()
-        self.hits = torch.zeros(model.num_codes, device=ranks.device)  # of each code since the last restart
+        trained = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.5, 0.9), weight_decay=config.weight_decay, fused=True)
+        self.parts = {MODEL: Part(self.tokenizer, optimizer, config.clip)}
+        self.perceptual = build_perceptual(config, ranks.device)
+        self.critic = Critic(critic_config(config, ranks.device), ranks) if config.gan else None
+        if self.critic is not None:
+            self.parts[CRITIC] = Part(self.critic.model, self.critic.optimizer, CRITIC_CLIP)
+        self.balance = Balance()
+        self.hits = torch.zeros(self.tokenizer.config.num_codes, device=ranks.device)  # of each code since the last restart
 
-    def _add_discriminator(self) -> None:
-        config = self.config
-        self.discriminator = PatchDiscriminator(DiscriminatorConfig(config.gan_width))
-        self.discriminator.init_weights()
-        self.discriminator.to(self.ranks.device)
-        self.spread_discriminator = self.discriminator if self.ranks.world == 1 else replicated(self.discriminator)
-        optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=config.gan_lr, betas=(0.5, 0.9), weight_decay=0.0)
-        self.parts[CRITIC] = Part(self.discriminator, optimizer, CRITIC_CLIP)
+    def _build_data(self) -> FolderData:
+        config, (height, width) = self.config, self.tokenizer.config.image_shape
+        if height != width:
+            raise ValueError(f"the tokenizer is for images of {width}x{height} px, and training cuts squares: give another")
+        return FolderData(config.data_path, height, config.resize, config.hflip, config.seed, config.workers)
 
     # --- one step -------------------------------------------------------------------------------------------------------
 
     def step(self, state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], progress: float) -> StepResult:
-        """One batch: the weighted sum of absolute error, squared error and VQ loss."""
-        config = self.config
+        """One batch; the gradients of all losses meet in the decoded images and go back from there together."""
+        config, ranks = self.config, self.ranks
         # what this step does
-        rate = config.lr * learning_rate_factor("cos", progress, warmup=0.02, start=0.05, end=0.01)
+        rate = config.lr * learning_rate_factor("cos", progress, warmup=0.02, start=0.05, end=config.lr_end)
         for group in self.parts[MODEL].optimizer.param_groups:
             group["lr"] = rate
+        generator = torch.Generator().manual_seed(step_seed(config.seed, state.step, ranks.rank))
         # images -> codes -> images
-        images = next(batches)[0].to(self.ranks.device, non_blocking=True)
+        images = next(batches)[0].to(ranks.device, non_blocking=True)
         if config.restart_every and state.step % config.restart_every == 0 and progress <= 0.5:
             self._restart_codes(images, state.step)
-        generator = torch.Generator().manual_seed(step_seed(config.seed, state.step, self.ranks.rank))
-        with autocast(self.ranks.device, config.fp16):
+        with autocast(ranks.device, config.fp16):
             result = self.spread(images, config.against_collapse(), generator)
-        decoded = result.images.float()
-        # -> losses -> gradients
-        loss = config.l1 * F.l1_loss(decoded, images) + config.l2 * F.mse_loss(decoded, images) + config.vq * result.vq_loss
-        figures = {"loss": loss.detach(), "vq_loss": result.vq_loss.detach()}
-        if self.perceptual is not None:
-            with autocast(self.ranks.device, config.fp16):
-                distance = self.perceptual(decoded, images)
-            loss = loss + config.perceptual * distance
-            figures["perceptual"] = distance.detach()
-        if config.gan and progress >= config.gan_from:
-            judged = self._judge(state, images, decoded, figures)
-            loss = loss + config.gan * ramp(progress, config.gan_from, config.gan_ramp) * judged
-        state.scaler.scale(loss).backward()
+        # -> losses
+        decoded = result.images.detach().float().requires_grad_()
+        loss, figures = self._fidelity_losses(decoded, images)
+        # -> gradients in the decoded images
+        (gradient,) = torch.autograd.grad(state.scaler.scale(loss), decoded)
+        if self.critic is not None and progress >= config.gan_from:
+            pull, more = self._adversarial_gradient(state, images, decoded, generator, gradient)
+            gradient = gradient + ramp(progress, config.gan_from, config.gan_ramp) * pull
+            figures |= more
+        # -> gradients
+        roots = {result.images: gradient.to(result.images.dtype)}
+        if result.vq_loss.requires_grad:
+            roots[result.vq_loss] = state.scaler.scale(torch.full_like(result.vq_loss, config.vq))
+        torch.autograd.backward(list(roots), list(roots.values()))
+        # what is told of it
         self.hits += torch.cat(result.indices, dim=1).flatten().bincount(minlength=len(self.hits))
         error = F.mse_loss(decoded.detach().clamp(-1, 1), images)
-        figures["psnr"] = psnr_of_error(error, peak=2)
+        figures |= {"loss": (loss + config.vq * result.vq_loss).detach(), "vq_loss": result.vq_loss.detach()}
+        figures["psnr"] = psnr_of_error(error.clamp_min(1e-12), peak=2)
         return StepResult(torch.stack(list(figures.values())).sum(), (figures, result.indices), {"learning_rate": rate})
 
-    def _judge(self, state: TrainState, images: Tensor, decoded: Tensor, figures: dict[str, Tensor]) -> Tensor:
-        """The decoder's adversarial loss, (); leaves the gradients of the discriminator's own loss in it."""
-        with autocast(self.ranks.device, self.config.fp16):
-            # real and made in one batch, as they are to be told apart
-            real, made = self.spread_discriminator(torch.cat([images, decoded.detach()])).float().chunk(2)
-        own = discriminator_loss(real, made)
-        state.scaler.scale(own).backward()
-        with frozen(self.discriminator), autocast(self.ranks.device, self.config.fp16):
-            adversarial = generator_loss(self.discriminator(decoded).float())
-        figures |= {"gan_loss": adversarial.detach(), "discriminator_loss": own.detach()}
-        figures |= {"judged_real": real.detach().mean(), "judged_made": made.detach().mean()}
-        return adversarial
+    def _fidelity_losses(self, decoded: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """How far decoded images are from what they were, (): pixels and features; and figures of it."""
+        config = self.config
+        loss, figures = config.l1 * F.l1_loss(decoded, images) + config.l2 * F.mse_loss(decoded, images), {}
+        for name, (weight, distance_of) in self.perceptual.items():
+            with autocast(self.ranks.device, config.fp16):
+                distance = distance_of(decoded, images)
+            loss = loss + weight * distance
+            figures[name] = distance.detach()
+        return loss, figures
+
+    def _adversarial_gradient(
+        self, state: TrainState, images: Tensor, decoded: Tensor, generator: torch.Generator, others: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted gradient of the adversarial loss in the decoded images; leaves the discriminator's own in it.
+
+        others: the gradient of all other losses there.
+        """
+        config, ranks, scaler = self.config, self.ranks, state.scaler
+        with autocast(ranks.device, config.fp16):
+            figures = self.critic.learn(images, decoded, generator, scaler)
+            adversarial = self.critic.judge(decoded, generator)
+        (pull,) = torch.autograd.grad(scaler.scale(adversarial), decoded)
+        squares = ranks.sum(torch.stack([others.square().sum(), pull.square().sum()]))  # the same weight on all ranks
+        weight = torch.full_like(adversarial, config.gan).detach()
+        if config.gan_adaptive:
+            weight *= adaptive_weight(*squares, config.gan_least, config.gan_most)
+        share = weight * (squares[1] / squares[0].clamp_min(1e-30)).sqrt()
+        figures |= {"gan_loss": adversarial.detach(), "gan_weight": weight, "gan_share": share}
+        return weight * pull, figures
 
     # Differs from VAR: its tokenizer training is not public; restarts are one of the known means against unused codes.
     def _restart_codes(self, images: Tensor, step: int) -> None:
@@ -201,6 +164,9 @@ class ImageReconstruction(Task):
         means = {name: (self.ranks.sum(value) / self.ranks.world).item() for name, value in figures.items()}
         return means | counts.over(self.ranks.sum).figures()
 
+    def remarks(self, step: int, figures: dict) -> list[str]:
+        return self.balance.remarks(step, figures)
+
     def explain(self, result: StepResult) -> str:
         losses = self.ranks.gather(result.loss)
         bad = torch.nonzero(~losses.isfinite()).flatten().tolist()
@@ -211,34 +177,76 @@ class ImageReconstruction(Task):
 
     @torch.no_grad()
     def evaluate(self, state: TrainState, stop: StopRequest | None = None) -> Evaluation | None:
-        """Reconstruction error and use of the codebook on the held-out images."""
-        tokenizer, ranks = self.tokenizer.eval(), self.ranks
+        """How near reconstructions of the held-out images are, use of the codebook, and with --val_fd their distance."""
+        tokenizer = self.tokenizer.eval()
+        with state.averaged_weights():
+            figures = self._likeness(tokenizer, stop)
+            if figures is not None and self.fidelity is not None:
+                distance = self.fidelity.of_reconstructions(tokenizer)
+                figures |= {"val_fd": distance, "val_fd_real": self.fidelity.real}
+            pictures = {"reconstructions": self._draw(tokenizer)} if self.ranks.is_main else None
+        tokenizer.train()
+        return None if figures is None else Evaluation(figures, pictures=pictures)
+
+    def _likeness(self, tokenizer: VQVAE, stop: StopRequest | None) -> dict[str, float | dict[str, float]] | None:
+        """PSNR, SSIM and perceptual distance over all held-out images, and codes; None where a stop was requested."""
+        ranks, with_ssim = self.ranks, min(tokenizer.config.image_shape) >= WINDOW
         counts = CodeCounts(tokenizer.pyramid, tokenizer.config.num_codes, ranks.device)
-        totals = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # squared error, images
-        batches = self.data.val_batches(self.config.bs // ranks.world, ranks.rank, ranks.world)
-        for images, _ in batches:
+        totals = torch.zeros(4, dtype=torch.float64, device=ranks.device)  # images, squared error, SSIM, perceptual distance
+        for images, _ in self.data.val_batches(self.config.bs // ranks.world, ranks.rank, ranks.world):
             if stop is not None and stop.number:
                 break
             images = images.to(ranks.device)
             indices = tokenizer.encode(images)
-            errors = (tokenizer.decode(indices) - images).square().mean(dim=(1, 2, 3))
-            totals[0] += errors.double().sum()
-            totals[1] += len(images)
+            decoded = tokenizer.decode(indices)
             counts.add(indices)
-        tokenizer.train()
+            totals[0] += len(images)
+            totals[1] += (decoded - images).square().mean(dim=(1, 2, 3)).double().sum()
+            if with_ssim:
+                totals[2] += ssim(*(plots.to_bytes((batch + 1) / 2) for batch in (decoded, images))).sum()
+            totals[3] += self.distance(decoded, images) * len(images)
         if ranks.largest(stop.number if stop is not None else 0):
             return None
-        squared_error, count = ranks.sum(totals)
+        count, squared_error, similarity, distance = ranks.sum(totals).tolist()
         counts = counts.over(ranks.sum)
         usage = counts.of_all()
-        figures = {"val_psnr": psnr_of_error(squared_error / count, peak=2).item()}
-        figures |= {"codes_used": usage.used, "perplexity": usage.perplexity}
-        return Evaluation(figures | counts.figures("val_"))
+        figures = {"val_psnr": psnr_of_error(torch.tensor(squared_error / count).clamp_min(1e-12), peak=2).item()}
+        figures |= {"val_ssim": similarity / count} if with_ssim else {}
+        figures |= {"val_perceptual": distance / count, "codes_used": usage.used, "perplexity": usage.perplexity}
+        return figures | counts.figures("val_")
+
+    @functools.cached_property
+    def distance(self) -> nn.Module:
+        """SqueezeNet's, of its features alone: a score only where it is not a loss."""
+        return PerceptualLoss().to(self.ranks.device)
+
+    @functools.cached_property
+    def fidelity(self) -> Fidelity | None:
+        """For --val_fd; all ranks ask for it together."""
+        config = self.config
+        if not config.val_fd:
+            return None
+        return Fidelity(config.data_path, config.val_fd, self.data.pixels, config.resize, config.workers, self.ranks)
+
+    def _draw(self, tokenizer: VQVAE) -> Image.Image:
+        """A few held-out images below what is decoded from the first scale, from two, and so on to all."""
+        every = max(self.data.val_size // SHOWN_IMAGES, 1)  # so that all classes are among them
+        images = next(self.data.val_batches(SHOWN_IMAGES, 0, every))[0].to(self.ranks.device)
+        steps = tokenizer.decode_progressive(tokenizer.encode(images))
+        names = ["x".join(map(str, shape)) for shape in tokenizer.pyramid.shapes]
+        rows = {f"up to {name}": step for name, step in zip(names, steps, strict=True)} | {"original": images}
+        return plots.grid([plots.to_uint8((row + 1) / 2) for row in rows.values()], list(rows))
 
     # --- saved with it --------------------------------------------------------------------------------------------------
 
     def description(self) -> Description:
         return Description("tokenizer", self.data.class_names, None, asdict(self.config))
+
+    def notes(self) -> list[str]:
+        lines = [BIASED] if self.config.gan_features == "efflite0" else []
+        if self.config.refine:
+            lines.append(f"refining the decoder of {self.config.refine}: all of its tokens stay what they are")
+        return lines
 
     def check_resumable(self, checkpoint: Path) -> None:
         if read_config(checkpoint, VQVAE) != self.tokenizer.config:
@@ -247,21 +255,52 @@ class ImageReconstruction(Task):
             )
 
     def numbers(self) -> dict:
-        return {"hits": self.ranks.sum(self.hits).tolist()}
+        anchors = {"anchors": self.critic.anchors.tolist()} if self.critic is not None else {}
+        return {"hits": self.ranks.sum(self.hits).tolist()} | anchors
 
     def set_numbers(self, numbers: dict) -> None:
         if self.ranks.is_main:  # the sum over all ranks; the others go on from zero
             self.hits.copy_(torch.tensor(numbers["hits"]))
+        if self.critic is not None and "anchors" in numbers:
+            self.critic.anchors.copy_(torch.tensor(numbers["anchors"]))
 
 
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, gradients pass through the model and not into it."""
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.requires_grad_(True)
+# --- what a run begins with ---------------------------------------------------------------------------------------------
+
+
+def first_tokenizer(config: TokenizerTraining) -> VQVAE:
+    """A new one, or the one to go on from; with --refine nothing but its decoder is trained."""
+    torch.manual_seed(config.seed)
+    source = config.refine or config.init_from
+    if not source:
+        tokenizer = VQVAE(config.sizes())
+        tokenizer.init_weights()
+        return tokenizer
+    tokenizer = load_fitting_tokenizer(source, config.pn).train()
+    if config.refine:
+        for name in TOKEN_PARTS:
+            getattr(tokenizer, name).requires_grad_(False)
+    return tokenizer
+
+
+def build_perceptual(config: TokenizerTraining, device: torch.device) -> dict[str, tuple[float, nn.Module]]:
+    """Perceptual losses that the flags ask for: name in the log -> weight and loss."""
+    losses = {}
+    if config.perceptual:
+        losses["perceptual"] = config.perceptual, PerceptualLoss(config.perceptual_logits).to(device)
+    if config.lpips:
+        losses["lpips"] = config.lpips, lpips_loss(Path(config.lpips_weights), config.lpips_sha256).to(device)
+    return losses
+
+
+def critic_config(config: TokenizerTraining, device: torch.device) -> CriticConfig:
+    """What the flags say of the discriminator. ValueError and FileNotFoundError for another file than that of --gan_sha256."""
+    features = None
+    if config.gan_features == "dino":
+        features = DinoMaps(Path(config.gan_weights), config.gan_sha256).to(device)
+    elif config.gan_features == "efflite0":
+        features = EfficientNetMaps(EfficientNetLite0(EfficientNetLite0.published_file(), device).network)
+    return CriticConfig(config.discriminator(), features, config.gan_lr, config.lecam, config.diffaug)
 
 
 # --- the command --------------------------------------------------------------------------------------------------------
@@ -286,11 +325,12 @@ def run_config(config: TokenizerTraining) -> RunConfig:
         max_bad_steps=config.max_bad_steps,
         sharded=False,
         rate_flag="--lr",
+        best=config.best,
     )
 
 
 def main() -> None:
-    config = cli.parse(TokenizerTraining, __doc__)
+    config = cli.parse(TokenizerTraining, __doc__, defaults=recipe)
     with process_group() as ranks:
         Trainer(ImageReconstruction(config, ranks), run_config(config), ranks).fit()
 

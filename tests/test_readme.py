@@ -9,10 +9,11 @@ from commands import ROOT, export_some, run_in_shell, script
 from sample import SampleConfig
 from utils import cli
 from utils.runs.config import TrainConfig
+from utils.runs.tokenizer_config import TokenizerTraining, recipe
 
 README = (ROOT / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, flags=re.M | re.S))
-CONFIGS = {"train.py": TrainConfig, "sample.py": SampleConfig}
+CONFIGS = {"train.py": TrainConfig, "sample.py": SampleConfig, "train_tokenizer.py": TokenizerTraining}
 SCRIPT_CONFIGS = {
     "benchmark.py": "Arguments",
     "cache_tokens.py": "CacheConfig",
@@ -34,7 +35,7 @@ def parse(words: list[str]) -> None:
         rest = rest[rest[0] in EVALUATE_CONFIGS :]
     else:
         config = CONFIGS.get(name) or getattr(script(name.removesuffix(".py")), SCRIPT_CONFIGS[name])
-    cli.parse(config, "", rest)
+    cli.parse(config, "", rest, defaults=recipe if config is TokenizerTraining else None)
 
 
 def commands(section: str) -> list[list[str]]:
@@ -73,7 +74,7 @@ def test_no_number_of_gpus_is_assumed():
     assert not [path for path, text in texts.items() if re.search(r"nproc_per_node=\d|nnodes=\d|\b(8|eight) (GPU|A100)", text)]
 
 
-@pytest.mark.parametrize(("page", "count"), [("training", 5), ("evaluation", 6), ("speed", 7)])
+@pytest.mark.parametrize(("page", "count"), [("training", 5), ("evaluation", 6), ("speed", 7), ("tokenizer", 4)])
 def test_the_commands_of_the_pages_parse(page, count):
     text = (ROOT / "docs" / f"{page}.md").read_text()
     blocks = "\n".join(re.findall(r"^ *```bash\n(.*?)```", text, flags=re.S | re.M))

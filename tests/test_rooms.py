@@ -30,7 +30,7 @@ ALLOWED = {
     "commands": {"trainer", "loading", "losses", "runs", "metrics", "data", "dist", "utils", "models"},
     "trainer": {"runs", "data", "dist", "utils"},
     "loading": {"runs", "models"},
-    "losses": {"utils", "models"},
+    "losses": {"dist", "utils", "models"},
     "runs": {"metrics", "data", "dist", "utils", "models"},
     "metrics": {"data", "dist", "utils", "models"},
     "data": {"utils", "models"},

@@ -1,18 +1,28 @@
+import json
 import shutil
+import signal
+import subprocess
+import time
 
+import numpy as np
 import pytest
 import torch
-from commands import assert_same_training, make_images, run_in_process, run_in_shell, script
+from commands import ROOT, assert_same_training, environment, make_images, run_in_process, run_in_shell, script, shell_words
+from golden_weights import tokenizer_weights
+from PIL import Image
+from safetensors.torch import load_file
 
-from models.tokenizer import TOKENIZER_PRESETS, TokenizerConfig
+from models.tokenizer import TOKEN_PARTS, TOKENIZER_PRESETS, TokenizerConfig
 from utils.checkpoint import load_tokenizer
+from utils.data.token_cache import fingerprint, is_of
 from utils.runs.checkpoints import checkpoints
 from utils.runs.log import read_metrics
 
 TINY = TokenizerConfig(sides=(1, 2, 4), channels=32, multipliers=(1, 1), num_blocks=1, num_codes=16, code_dim=4)  # 8 px
-FLAGS = ["--preset=tiny", "--bs=6", "--max_steps=30", "--log_every=5", "--save_every=10", "--restart_every=3", "--gan_width=8"]
+FLAGS = ["--preset=tiny", "--bs=6", "--max_steps=30", "--log_every=5", "--save_every=10", "--gan_width=8"]
 
 MEANS = ["--scale_dropout=0.5", "--perturbation=0.3", "--matching=0.1", "--perceptual=0.1", "--perceptual_logits=0.01"]
+BALANCE = ["--gan=0.5", "--gan_adaptive", "--diffaug", "--lecam=0.01", "--gan_norm", "--cosine", "--best=val_psnr", "--ema=0.9"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +37,7 @@ def command(monkeypatch, capsys):
 
 
 def test_training_improves_the_reconstruction_and_uses_the_codebook(images, tmp_path, command):
-    code, _, errors = command(*FLAGS, "--data_path", images, "--out", tmp_path)
+    code, _, errors = command(*FLAGS, "--restart_every=3", "--data_path", images, "--out", tmp_path)
     assert code == 0, errors
     validations = [entry for entry in read_metrics(tmp_path) if "val_psnr" in entry]
     assert [entry["step"] for entry in validations] == [10, 20, 30]
@@ -39,12 +49,10 @@ def test_training_improves_the_reconstruction_and_uses_the_codebook(images, tmp_
     assert [len(i[0]) for i in tokenizer.encode(torch.zeros(1, 3, 8, 8))] == [1, 4, 16]
 
 
-@pytest.mark.parametrize(
-    "flags", [[], ["--gan=0"], ["--fp16=1", "--ema=0.9"], ["--gan_from=0.5", "--gan_ramp=0.2"], MEANS], ids=str
-)
+@pytest.mark.parametrize("flags", [[], ["--fp16=1", "--gan=0"], ["--gan_from=0.5", "--gan_ramp=0.2"], MEANS, BALANCE], ids=str)
 def test_a_stopped_run_goes_on_to_the_same_end(flags, images, tmp_path, command):
     def train(name):
-        return command(*FLAGS, *flags, "--keep=3", "--data_path", images, "--out", tmp_path / name)
+        return command(*FLAGS, "--restart_every=3", *flags, "--keep=3", "--data_path", images, "--out", tmp_path / name)
 
     assert train("whole")[0] == 0
     assert train("stopped")[0] == 0
@@ -71,13 +79,14 @@ def test_a_run_without_a_discriminator_goes_on_with_one(images, tmp_path, comman
 
 
 def test_the_discriminator_waits_for_its_time_and_learns_to_tell_images_apart(images, tmp_path, command):
-    code, _, errors = command(*FLAGS, "--log_every=1", "--gan_from=0.5", "--data_path", images, "--out", tmp_path)
+    flags = ["--log_every=1", "--gan_from=0.5", "--gan_lr=1e-2"]
+    code, _, errors = command(*FLAGS, *flags, "--data_path", images, "--out", tmp_path)
     assert code == 0, errors
     entries = [entry for entry in read_metrics(tmp_path) if "loss" in entry]
     judged = [entry for entry in entries if "discriminator_loss" in entry]
     assert [entry["step"] for entry in judged] == list(range(16, 31))
     assert {entry["grad_norm_discriminator"] for entry in entries[:15]} == {0.0}
-    assert judged[-1]["discriminator_loss"] < judged[0]["discriminator_loss"]
+    assert sum(entry["discriminator_loss"] for entry in judged[-5:]) < sum(entry["discriminator_loss"] for entry in judged[:5])
     assert judged[-1]["judged_real"] > judged[-1]["judged_made"]
 
 
@@ -99,6 +108,18 @@ def test_two_ranks_train(images, tmp_path):
         (["--data_path=/missing"], "/missing: no such directory"),
         (["--preset=huge"], "invalid choice: 'huge'"),
         (["--bs=0"], "--bs=0: give a number above 0"),
+        (["--best=val_fd"], "--best=val_fd: it is measured with --val_fd alone"),
+        (["--best=val_ssim"], "--best=val_ssim: validations have no such figure here"),  # of images of 8 pixels
+        (["--gan_least=2"], "--gan_least=2.0 is above --gan_most=1.0"),
+        (["--gan_features=dino"], "--gan_features=dino: needs --gan_weights and --gan_sha256"),
+        (["--gan_features=dino", "--gan_weights=/missing", "--gan_sha256=0"], "/missing: no such file of weights"),
+        (["--gan_weights=x"], "--gan_weights=x: is read with --gan_features=dino alone"),
+        (["--gan_features=efflite0", "--gan=0"], "there is no discriminator at --gan=0"),
+        (["--lpips=1"], "--lpips: needs --lpips_weights and --lpips_sha256"),
+        (["--refine=/missing"], "/missing: no such file or directory"),
+        (["--refine=x", "--init_from=x"], "--refine says already where to start"),
+        (["--refine=x", "--matching=1"], "--matching=1.0: would change tokens"),
+        (["--pn=1_2_0"], "pyramid 1_2_0: every side must be at least 1"),
     ],
 )
 def test_wrong_flags_get_one_line(flags, message, images, tmp_path, command):
@@ -113,3 +134,213 @@ def test_a_tokenizer_of_another_size_is_not_overwritten(images, tmp_path, comman
     code, _, errors = command(*FLAGS, "--preset=f8-32", "--data_path", images, "--out", tmp_path)
     assert code == 1
     assert "a tokenizer of other sizes is there" in errors
+
+
+# --- two stages ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A file with released names, of the golden tokenizer for 16 px."""
+    path = tmp_path_factory.mktemp("released") / "vae.pth"
+    torch.save(tokenizer_weights("1234_qsr4"), path)
+    return path
+
+
+@pytest.fixture
+def sized_images(released, tmp_path):
+    pixels = load_tokenizer(released, (1, 2, 3, 4)).config.image_shape[0]
+    return make_images(tmp_path / "images", pixels=pixels)
+
+
+def assert_decoder_alone_changed(before, after):
+    ours, theirs = before.state_dict(), after.state_dict()
+    changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert changed
+    assert {name.partition(".")[0] for name in changed} <= {"decoder", "after_quantizer"}
+    assert not [name for name in changed if name.startswith(TOKEN_PARTS)]
+
+
+def test_refining_changes_the_decoder_and_no_token(images, tmp_path, command):
+    run = ["--data_path", images, "--out"]
+    assert command(*FLAGS, "--max_steps=10", *run, tmp_path / "first")[0] == 0
+    code, output, errors = command(*FLAGS, "--refine", tmp_path / "first", "--lr=1e-2", "--ema=0.9", *run, tmp_path / "refined")
+    assert code == 0, errors
+    assert "all of its tokens stay what they are" in output
+    first, refined = load_tokenizer(tmp_path / "first"), load_tokenizer(tmp_path / "refined")
+    assert_decoder_alone_changed(first, refined)
+    pixels = torch.rand(20, 3, 8, 8) * 2 - 1
+    assert all(torch.equal(*pair) for pair in zip(first.encode(pixels), refined.encode(pixels), strict=True))
+    assert fingerprint(first) == fingerprint(refined)
+    errors_of = [entry["val_psnr"] for run in ("first", "refined") for entry in read_metrics(tmp_path / run)[-1:]]
+    assert errors_of[1] > errors_of[0]
+    assert set(load_file(checkpoints(tmp_path / "refined")[-1] / "optimizer.safetensors")) == {
+        f"{name}.{key}"
+        for name, _ in refined.named_parameters()
+        if name.startswith(("decoder", "after_quantizer"))
+        for key in ("exp_avg", "exp_avg_sq", "step")
+    }
+
+
+def test_a_cache_and_a_transformer_of_the_first_stage_go_on_with_the_second(images, tmp_path, monkeypatch, command, capsys):
+    run = ["--data_path", images, "--out"]
+    assert command(*FLAGS, "--max_steps=5", *run, tmp_path / "first")[0] == 0
+    assert command(*FLAGS, "--max_steps=5", "--refine", tmp_path / "first", *run, tmp_path / "refined")[0] == 0
+    words = ["--vae", tmp_path / "first", *run, tmp_path / "tokens"]
+    assert run_in_process(script("cache_tokens").main, words, monkeypatch, capsys)[0] == 0
+    import train
+
+    def go_on(tokenizer, steps):
+        words = ["--token_cache", tmp_path / "tokens", "--vae", tmp_path / tokenizer, "--local_out_dir_path", tmp_path / "run"]
+        words += ["--depth=1", "--width=64", "--heads=1", "--bs=4", "--fp16=0", "--seed=0", f"--max_steps={steps}"]
+        return run_in_process(train.main, words, monkeypatch, capsys)
+
+    assert go_on("first", 1)[0] == 0
+    code, output, errors = go_on("refined", 2)
+    assert code == 0, errors
+    assert "resuming at step 1" in output
+
+
+def test_what_earlier_code_noted_of_a_tokenizer_is_still_known(images, tmp_path, command):
+    from models.storage import weights_hash
+
+    assert command(*FLAGS, "--max_steps=2", "--data_path", images, "--out", tmp_path)[0] == 0
+    tokenizer = load_tokenizer(tmp_path)
+    earlier = weights_hash(tokenizer, "normalize_lookup=False")
+    now = fingerprint(tokenizer)
+    assert is_of(earlier, tokenizer)
+    assert is_of(now, tokenizer)
+    with torch.no_grad():
+        tokenizer.decoder.conv_out.bias.add_(1)
+    assert not is_of(earlier, tokenizer)
+    assert is_of(now, tokenizer)
+    with torch.no_grad():
+        tokenizer.quantizer.phi[0].bias.add_(1)
+    assert not is_of(now, tokenizer)
+
+
+@pytest.mark.parametrize("how", ["--refine", "--init_from"])
+def test_released_weights_go_through_training_and_come_out_under_their_names(
+    how, released, sized_images, tmp_path, command, monkeypatch, capsys
+):
+    """Both ways: a released file is trained further, and what comes out is a file for the released code."""
+    flags = ["--pn=1_2_3_4", "--bs=4", "--max_steps=3", "--gan_width=8", "--val_every=3", "--perceptual=0", "--diffaug=0"]
+    flags += ["--gan_from=0", "--val_fd=0", "--best=val_psnr"]
+    run = ["--data_path", sized_images, "--out", tmp_path / "run"]
+    code, _, errors = command("--preset=f16-256", how, released, *flags, *run)
+    assert code == 0, errors
+    before, after = load_tokenizer(released, (1, 2, 3, 4)), load_tokenizer(tmp_path / "run")
+    assert after.config == before.config
+    if how == "--refine":
+        assert_decoder_alone_changed(before, after)
+    words = [tmp_path / "run", "--out", tmp_path / "out" / "vae.pth", "--released"]
+    code, _, errors = run_in_process(script("export_checkpoint").main, words, monkeypatch, capsys)
+    assert code == 0, errors
+    exported = torch.load(tmp_path / "out" / "vae.pth", weights_only=True)
+    golden = tokenizer_weights("1234_qsr4")
+    assert {name: tensor.shape for name, tensor in exported.items()} == {name: tensor.shape for name, tensor in golden.items()}
+    again = load_tokenizer(tmp_path / "out" / "vae.pth", (1, 2, 3, 4))
+    assert all(torch.equal(*pair) for pair in zip(again.state_dict().values(), after.state_dict().values(), strict=True))
+
+
+# --- what is seen and kept ----------------------------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(images, tmp_path, command):
+    # the rate is far too high in the end, so that the first validation stays the best
+    flags = ["--best=val_psnr", "--keep=1", "--val_every=5", "--save_every=5", "--lr=0.3", "--gan=0"]
+    code, _, errors = command(*FLAGS, *flags, "--data_path", images, "--out", tmp_path)
+    assert code == 0, errors
+    scores = {entry["step"]: entry["val_psnr"] for entry in read_metrics(tmp_path) if "val_psnr" in entry}
+    best = max(scores, key=scores.get)
+    assert (tmp_path / "checkpoints" / "best").resolve().name == f"step_{best}"
+    assert {path.name for path in checkpoints(tmp_path)} == {f"step_{best}", "step_30"}
+    load_tokenizer(tmp_path / "checkpoints" / "best")
+    assert json.loads((checkpoints(tmp_path)[-1] / "train_state.json").read_text())["best_step"] == best
+
+
+def test_validations_score_and_show_what_is_decoded(tmp_path, command, monkeypatch):
+    monkeypatch.setitem(TOKENIZER_PRESETS, "small", TokenizerConfig((1, 2, 4), 32, (1, 1, 1), 1, 16, 4))  # 16 px
+    images = make_images(tmp_path / "images", pixels=16)
+    flags = ["--preset=small", "--bs=6", "--max_steps=2", "--gan=0", "--val_fd=6", "--resize=1"]
+    code, _, errors = command(*flags, "--data_path", images, "--out", tmp_path / "run")
+    assert code == 0, errors
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["val_fd"] > last["val_fd_real"] > 0
+    assert -1 <= last["val_ssim"] <= 1
+    assert 0 < last["val_perceptual"] < 2
+    assert set(last["val_codes_used"]) == {"1x1", "2x2", "4x4"}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert events.Tags()["images"] == ["reconstructions"]
+    with Image.open(tmp_path / "run" / "pictures" / "reconstructions_2.png") as picture:
+        assert picture.height > 4 * 64  # three reconstructions and the originals
+
+
+# --- a bad day ----------------------------------------------------------------------------------------------------------
+
+
+def test_constant_images_are_survived(tmp_path, command):
+    images = make_images(tmp_path / "images", pixels=10)
+    for path in images.rglob("*.png"):
+        Image.fromarray(np.zeros((10, 10, 3), np.uint8)).save(path)
+    code, _, errors = command(*FLAGS, "--restart_every=3", "--data_path", images, "--out", tmp_path / "run")
+    assert code == 0, errors
+    assert np.isfinite(read_metrics(tmp_path / "run")[-1]["val_psnr"])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_reason(images, tmp_path, command, monkeypatch, capsys):
+    module = script("train_tokenizer")
+    monkeypatch.setattr(module.ImageReconstruction, "_fidelity_losses", lambda self, decoded, _: (decoded.sum() / 0, {}))
+    words = [*FLAGS, "--data_path", images, "--out", tmp_path]
+    code, _, errors = run_in_process(module.main, words, monkeypatch, capsys)
+    assert code == 1
+    assert "loss or gradient is not finite" in errors
+    assert "lower --lr" in errors
+
+
+def test_one_and_two_ranks_take_the_same_steps(images, tmp_path):
+    """Without restarts, which draw from the main rank's images, but with the discriminator at an adaptive weight."""
+    flags = ["--preset=f8-32", "--bs=4", "--max_steps=4", "--gan_from=0", "--gan_adaptive", "--restart_every=0", "--resize=1"]
+    flags += ["--log_every=1", "--gan_width=8", "--data_path", images]
+    for ranks in (1, 2):
+        result = run_in_shell("scripts/train_tokenizer.py", *flags, "--out", tmp_path / str(ranks), ranks=ranks)
+        assert result.returncode == 0, result.stderr
+    one, two = (read_metrics(tmp_path / str(ranks)) for ranks in (1, 2))
+    for name in ("loss", "gan_weight", "discriminator_loss", "grad_norm", "val_psnr"):
+        ours, theirs = ([entry[name] for entry in entries if name in entry] for entries in (one, two))
+        assert ours == pytest.approx(theirs, rel=2e-4), name
+
+
+def test_restarted_codes_are_the_same_on_two_ranks(images, tmp_path):
+    flags = ["--preset=f8-32", "--bs=4", "--max_steps=5", "--restart_every=1", "--gan_from=0", "--gan_width=8"]
+    run = [*flags, "--data_path", images, "--out", tmp_path]
+    result = run_in_shell("tests/two_tokenizers.py", *run, ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert "the same tokenizer on both ranks" in result.stdout
+    assert "the same discriminator on both ranks" in result.stdout
+    assert "all codes have moved" in result.stdout
+
+
+def test_a_killed_run_with_a_discriminator_ends_as_if_never_killed(images, tmp_path):
+    flags = ["--preset=f8-32", "--bs=4", "--max_steps=12", "--save_every=2", "--gan_from=0", "--gan_width=8", "--lecam=0.01"]
+    flags += ["--log_every=1", "--keep=9", "--data_path", images]
+
+    def words(name):
+        return shell_words("scripts/train_tokenizer.py", *flags, "--out", tmp_path / name)
+
+    assert run_in_shell(*words("whole")[1:]).returncode == 0
+    for step in (2, 7):
+        process = subprocess.Popen(words("killed"), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            log = tmp_path / "killed" / "metrics.jsonl"
+            if log.exists() and log.read_text().count('"loss"') >= step:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert run_in_shell(*words("killed")[1:]).returncode == 0
+    assert_same_training(tmp_path / "whole", tmp_path / "killed")

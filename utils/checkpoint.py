@@ -47,15 +47,18 @@ __all__ = [
 ]
 
 
-def load_tokenizer(source: str | Path, sides: tuple | None = None) -> VQVAE:
+def load_tokenizer(source: str | Path, sides: tuple | None = None, ema: bool = True) -> VQVAE:
     """A tokenizer in eval mode, on the CPU.
 
     source: a released .pth, a run or checkpoint directory of ours, or "owner/name[@revision][:file]" on the hub. sides: of the
     pyramid, such as (1, 2, 3, 4); None takes what our config says, or for a released file the standard pyramid with as many
-    scales. ValueError or FileNotFoundError for anything else, with the first keys and what the file seems to be.
+    scales. ema: of our checkpoints, load the averaged weights where there are any. ValueError or FileNotFoundError for anything
+    else, with the first keys and what the file seems to be.
     """
     path = locate(source, wanted="tokenizer")
     if is_ours(path):
+        if not Path(source).is_file():  # a file that is named is the file that is loaded
+            path = weights_file(path.parent, averaged=ema)
         return read_model(VQVAE, path, **({} if sides is None else {"sides": sides}))
     return released_tokenizer(read_tensors(path), sides, path)
 

@@ -45,8 +45,16 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parse(config_class: type[Config], description: str, arguments: list[str] | None = None) -> Config:
-    """Read the command line into the dataclass; wrong flags and values end the program with one line and exit code 2."""
+def parse(
+    config_class: type[Config],
+    description: str,
+    arguments: list[str] | None = None,
+    defaults: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Config:
+    """Read the command line into the dataclass; wrong flags and values end the program with one line and exit code 2.
+
+    defaults: from the values of all flags, those of flags that are not given, where one of them decides about others.
+    """
     parser = Parser(description)
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
@@ -67,6 +75,9 @@ def parse(config_class: type[Config], description: str, arguments: list[str] | N
         parser.add_argument(*names, **options)
     try:
         values = vars(parser.parse_args(arguments))
+        if defaults is not None:
+            parser.set_defaults(**defaults(values))
+            values = vars(parser.parse_args(arguments))
         return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     except ValueError as error:
         parser.error(str(error))

@@ -18,6 +18,19 @@ def replace_text(path: Path, text: str) -> None:
     _to_disk(path.parent)
 
 
+@contextlib.contextmanager
+def replace_file(target: Path) -> Iterator[Path]:
+    """The same for any file: a path to write to, renamed to `target` at the end; on any error it is removed."""
+    aside = target.with_name(f".{target.name}.writing")
+    try:
+        yield aside
+        _to_disk(aside)
+        os.replace(aside, target)
+        _to_disk(target.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

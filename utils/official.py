@@ -232,3 +232,34 @@ def tokenizer_from_official(tensors: StateDict, sides: tuple | None, source: str
 
 def _reversed_level(name: str, num_levels: int) -> str:
     return re.sub(r"(?<=^decoder\.levels\.)\d+", lambda match: str(num_levels - 1 - int(match[0])), name)
+
+
+def tokenizer_to_official(config: TokenizerConfig, weights: StateDict) -> StateDict:
+    """The released state dict of a tokenizer of ours, with the counter of code use that the released code keeps, at zero.
+
+    What its tensors do not say, the released VQVAE is told when it is built: v_patch_nums, and using_znorm for cosine lookup.
+    """
+    num_levels = len(config.multipliers)
+    names = [pair for pair in TOKENIZER_NAMES if _holds_phi(pair[0]) in (None, min(config.num_phi, 2))]
+    backwards = [_inverted(*pair) for pair in names]
+    released = {}
+    for name, tensor in weights.items():
+        name = _reversed_level(name, num_levels)
+        pattern, theirs = next(pair for pair in backwards if re.fullmatch(pair[0], name))
+        released[re.sub(pattern, theirs, name)] = tensor
+    hits = weights["quantizer.codebook.weight"].new_zeros(len(config.sides), config.num_codes)
+    return released | {"quantize.ema_vocab_hit_SV": hits}
+
+
+def _holds_phi(pattern: str) -> int | None:
+    """Of which num_phi a released name tells: 0 one per scale, 1 shared by all, 2 for more; None for other names."""
+    kinds = {r"quantize\.quant_resi\.(": 0, r"quantize\.quant_resi\.qresi\.": 1, r"quantize\.quant_resi\.qresi_ls\.": 2}
+    return next((kind for start, kind in kinds.items() if pattern.startswith(start)), None)
+
+
+def _inverted(pattern: str, ours: str) -> tuple[str, str]:
+    """A row of a table of names the other way round: groups stay groups, and what was matched word for word is written so."""
+    groups = iter(range(1, 10))
+    theirs = re.sub(r"\([^()]*\)", lambda _: f"\\{next(groups)}", pattern).replace("\\.", ".")
+    found = re.findall(r"\([^()]*\)", pattern)
+    return re.sub(r"\\(\d)", lambda match: found[int(match[1]) - 1], ours.replace(".", "\\.")), theirs

@@ -38,7 +38,7 @@ class FolderData:
     def __init__(self, root: str | Path, pixels: int, resize: float, flip: bool, seed: int, workers: int):
         train, val = read_folders(root)
         self.class_names, self.size, self.val_size = train.class_names, len(train.paths), len(val.paths)
-        self.resize, self.workers = resize, workers
+        self.pixels, self.resize, self.workers = pixels, resize, workers
         self.train = Images(train, pixels, resize, augment=True, flip=flip, seed=seed)
         self.val = Images(val, pixels, resize)
 

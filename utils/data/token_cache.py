@@ -16,17 +16,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.pyramid import Pyramid
 from models.storage import from_dict, weights_hash
-from models.tokenizer import VQVAE
+from models.tokenizer import TOKEN_PARTS, VQVAE
 from utils.data.batches import TrainOrder, in_order
 from utils.data.images import ImageFiles
 from utils.files import replace_text, sha256
 
 SPLITS = ("train", "val")
 ARRAYS = {"tokens": np.uint16, "labels": np.int32, "source": np.int32}
+TOKENS = "tokens:"  # before a hash of what decides over tokens, to tell it from one of all weights
 UNFINISHED = re.compile(r"\.((train|val)_\d{5,}_(tokens|labels|source)\.npy\.\d+|(plan|manifest)\.json)\.writing")
 
 
@@ -107,8 +108,24 @@ def array_bytes(images: int, views: int, num_tokens: int) -> dict[str, int]:
 
 
 def fingerprint(tokenizer: VQVAE) -> str:
-    """SHA-256 over the names and values of all weights, and over how codes are looked up."""
-    return weights_hash(tokenizer, f"normalize_lookup={tokenizer.config.normalize_lookup}")
+    """SHA-256 over all that decides which tokens an image has: what it is of, then the hash.
+
+    These are the weights of the encoder and the quantizer, and how codes are looked up. The decoder is not among them, so that
+    tokens stay valid when it is refined.
+    """
+    parts = nn.ModuleDict({name: getattr(tokenizer, name) for name in TOKEN_PARTS})
+    return TOKENS + weights_hash(parts, _lookup(tokenizer))
+
+
+def is_of(text: str, tokenizer: VQVAE) -> bool:
+    """Whether a fingerprint is of this tokenizer; earlier code noted one over all weights, the decoder's too."""
+    if text.startswith(TOKENS):
+        return text == fingerprint(tokenizer)
+    return text == weights_hash(tokenizer, _lookup(tokenizer))
+
+
+def _lookup(tokenizer: VQVAE) -> str:
+    return f"normalize_lookup={tokenizer.config.normalize_lookup}"
 
 
 def listing_hash(root: str | Path, train: ImageFiles, val: ImageFiles) -> str:
@@ -181,14 +198,14 @@ def check_plan(directory: Path, plan: Plan) -> None:
         if theirs != ours:
             title = {"fingerprint": "tokenizer hash", "listing": "hash of file names"}.get(field.name, field.name)
             raise ValueError(
-                f"{directory}: an unfinished cache with {title} {_short(theirs)} is there, this command has {_short(ours)}: "
+                f"{directory}: an unfinished cache with {title} {short(theirs)} is there, this command has {short(ours)}: "
                 f"give what it was begun with, or another --out"
             )
 
 
-def _short(value: object) -> object:
+def short(value: object) -> object:
     """The first digits of a hash; everything else as it is."""
-    return value[:12] if isinstance(value, str) else value
+    return value.removeprefix(TOKENS)[:12] if isinstance(value, str) else value
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------
@@ -295,10 +312,10 @@ def check_cache(manifest: Manifest, tokenizer: VQVAE, source: str | Path) -> Non
             f"{source}: holds pyramids {manifest.pyramid}, the tokenizer makes {tokenizer.pyramid}: "
             f"give --pn={manifest.pyramid} with a released tokenizer, or encode again"
         )
-    if manifest.fingerprint != (ours := fingerprint(tokenizer)):
+    if not is_of(manifest.fingerprint, tokenizer):
         raise ValueError(
-            f"{source}: made by the tokenizer {manifest.tokenizer} with hash {manifest.fingerprint[:12]}, "
-            f"the one given has {ours[:12]}: encode again or give that one"
+            f"{source}: made by the tokenizer {manifest.tokenizer} with hash {short(manifest.fingerprint)}, "
+            f"the one given has {short(fingerprint(tokenizer))}: encode again or give that one"
         )
 
 

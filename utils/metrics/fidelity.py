@@ -1,11 +1,12 @@
-"""FD-EffLite0 of a model's samples while it trains, beside that of real images: only the two together mean anything."""
+"""FD-EffLite0 of what a model makes while it trains, beside that of real images: only the two together mean anything."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from dist import Ranks
 from models.generate import Cohort, generate, num_cohorts
@@ -24,7 +25,7 @@ SEED = 0  # the same samples at every validation
 
 
 class Fidelity:
-    """Compares samples with all held-out images; and as many training images, spread evenly over the classes, likewise.
+    """Compares samples, or decoded training images, with all held-out images; and as many training images likewise.
 
     root: directory with train/ and val/. count: samples. pixels, resize: how images are prepared, as for training, but cut out
     of the middle. Every rank makes and looks at its share, and reads its images with so many workers.
@@ -46,18 +47,28 @@ class Fidelity:
     @functools.cached_property
     def real(self) -> float:
         """The distance of training images from the held-out ones; all ranks ask for it together."""
+        return frechet_distance(*self._measure(self._some(), "training images"), *self.reference)
+
+    def _some(self) -> ImageFiles:
+        """As many training images as there are to be samples, spread evenly over the classes."""
         chosen = np.linspace(0, len(self.train.paths) - 1, min(self.count, len(self.train.paths))).astype(int)
-        some = replace(self.train, **{name: [getattr(self.train, name)[i] for i in chosen] for name in ("paths", "labels")})
-        return frechet_distance(*self._measure(some, "training images"), *self.reference)
+        return replace(self.train, **{name: [getattr(self.train, name)[i] for i in chosen] for name in ("paths", "labels")})
 
-    def _measure(self, files: ImageFiles, source: str) -> Gaussian:
-        return measure_batches(self.extractor, self._batches(files), source, self.ranks, keep_features=False).statistics.pooled
+    def _measure(self, files: ImageFiles, source: str, change: Callable[[Tensor], Tensor] | None = None) -> Gaussian:
+        batches = self._batches(files, change)
+        return measure_batches(self.extractor, batches, source, self.ranks, keep_features=False).statistics.pooled
 
-    def _batches(self, files: ImageFiles) -> Iterator[np.ndarray]:
+    def _batches(self, files: ImageFiles, change: Callable[[Tensor], Tensor] | None) -> Iterator[np.ndarray]:
         images = Images(files, self.pixels, self.resize)
         size, ranks = batch_size(self.extractor), self.ranks
         for batch, _ in val_batches(images, size, ranks.rank, ranks.world, self.workers):
+            batch = batch if change is None else change(batch.to(ranks.device))
             yield plots.to_uint8((batch + 1) / 2)
+
+    def of_reconstructions(self, tokenizer: VQVAE) -> float:
+        """The distance of training images, as the tokenizer decodes them, from the held-out ones."""
+        decoded = self._measure(self._some(), "reconstructions", lambda images: tokenizer.decode(tokenizer.encode(images)))
+        return frechet_distance(*decoded, *self.reference)
 
     def of_samples(self, transformer: ScaleTransformer, tokenizer: VQVAE, stop: StopRequest) -> float | None:
         """The distance of samples, drawn as for FID, from the held-out images; None where a stop was requested meanwhile."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from utils.files import sha256
 
 CHECKSUMS = "checksums.json"
+BEST = "best"  # a link beside the checkpoints
 
 
 def step_of(checkpoint: Path) -> int:
@@ -92,9 +93,23 @@ def choose_intact(run: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def prune(run: Path, newest: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, damaged ones and what killed processes left; `newest` stays always."""
-    old = [path for path in checkpoints(run)[:-keep] if path != newest]
+def mark_best(run: Path, step: int) -> None:
+    """Let checkpoints/best lead to the checkpoint of that step."""
+    link = run / "checkpoints" / BEST
+    aside = link.with_name(f".{BEST}.writing")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(checkpoint_path(run, step).name)
+    os.replace(aside, link)
+
+
+def prune(run: Path, newest: Path, keep: int, best: int = 0) -> None:
+    """Remove all but the newest `keep` checkpoints, damaged ones and what killed processes left; `newest` stays always.
+
+    best: step of a checkpoint that also stays, 0 for none; checkpoints/best leads to it from then on.
+    """
+    if best:
+        mark_best(run, best)
+    old = [path for path in checkpoints(run)[:-keep] if path not in (newest, checkpoint_path(run, best))]
     leftovers = [
         path
         for path in (run / "checkpoints").iterdir()

@@ -31,7 +31,7 @@ class RunLog:
             return
         directory.mkdir(parents=True, exist_ok=True)
         self.metrics_path, self.classes_path = directory / "metrics.jsonl", directory / "val_classes.jsonl"
-        self.text_path = directory / "log.txt"
+        self.text_path, self.pictures = directory / "log.txt", directory / "pictures"
         kept = [entry for entry in read_entries(self.metrics_path) if entry["step"] <= step]
         self.validated = {entry["step"] for entry in kept if any(name.startswith("val_") for name in entry)}
         by_class = [entry for entry in read_entries(self.classes_path) if entry["step"] in self.validated]
@@ -69,9 +69,11 @@ class RunLog:
             file.write(json_line({"step": step, "loss": loss, "accuracy": accuracy}))
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
-        """A picture in TensorBoard."""
+        """A picture in TensorBoard, and as a file: pictures/NAME_STEP.png."""
         if not self.is_main:
             return
+        self.pictures.mkdir(exist_ok=True)
+        picture.save(self.pictures / f"{name}_{step}.png")
         self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
         self.writer.flush()  # pictures are rare: each is there to be looked at now
 

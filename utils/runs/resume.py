@@ -52,18 +52,13 @@ def chosen_seed(seed: int | None, run: Path, ranks: Ranks) -> int:
     return int(ranks.from_main(seed))
 
 
-def changes(before: dict, now: dict, checkpoint: Path, drawn: str) -> list[str]:
+def changes(before: dict, now: dict, drawn: str) -> list[str]:
     """What is to be told about a run that goes on under other circumstances; both as the trainer's `circumstances`.
 
     drawn: what each rank draws for itself.
-    Of what earlier code did not note nothing is told. ValueError where its tokens would mean something else.
+    Of what earlier code did not note nothing is told.
     """
     before = now | before
-    if before.get("tokenizer") != now.get("tokenizer"):
-        raise ValueError(
-            f"{checkpoint}: trained on tokens of a tokenizer with hash {before['tokenizer'][:12]}, the one given has "
-            f"{now['tokenizer'][:12]}: give that one, or another --local_out_dir_path"
-        )
     notes = []
     for name, title in (("seed", "seed"), ("batch", "batch size"), ("images", "number of images")):
         if before[name] != now[name]:

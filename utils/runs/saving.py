@@ -38,18 +38,19 @@ def save_checkpoint(
     numbers: dict,
     tensors: dict[str, Tensor],
     keep: int,
+    best: int = 0,
 ) -> Path:
-    """Write checkpoints/step_N with all that training needs to go on, then remove all but the newest `keep`.
+    """Write checkpoints/step_N with all that training needs to go on, then remove all but the newest `keep` and the `best`.
 
     tensors: named "model.NAME", "optimizer.NAME" and so on, a file for each of these sections; numbers: for train_state.json.
-    OSError where it cannot be written; the checkpoints before it are then as they were.
+    best: a step, 0 for none. OSError where it cannot be written; the checkpoints before it are then as they were.
     """
     target = checkpoint_path(run, step)
     with written_aside(target) as directory:
         for section, members in sectioned(tensors).items():
             write_tensors(directory / f"{section}.safetensors", members)
         _write_surroundings(directory, config, description, numbers)
-    prune(run, target, keep)
+    prune(run, target, keep, best)
     return target
 
 
@@ -75,6 +76,7 @@ class ShardedSaver:
         numbers: dict,
         tensors: dict[str, Tensor],
         keep: int,
+        best: int = 0,
     ) -> None:
         """As `save_checkpoint`, after the one before it has been finished."""
         self.finish()
@@ -92,7 +94,7 @@ class ShardedSaver:
                 if self.is_main:
                     _write_surroundings(aside, config, description, numbers)
                     put_in_place(aside, target)
-                    prune(run, target, keep)
+                    prune(run, target, keep, best)
             except BaseException:
                 if self.is_main:
                     shutil.rmtree(aside, ignore_errors=True)

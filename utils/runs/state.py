@@ -42,7 +42,8 @@ class TrainState:
 
     parts: the models that are trained, by name, the one called MODEL among them. seconds: training time so far.
     skipped_steps, skipped_in_a_row: steps whose gradient was not finite under float16. validation_due: the validation at this
-    step has not been done. ema: averaged weights of MODEL by name, none where not wanted.
+    step has not been done. ema: averaged weights of MODEL by name, none where not wanted. best, best_step: the best value of
+    the figure that decides which checkpoint is kept, None before there is one, and where it was reached.
     """
 
     parts: dict[str, Part]
@@ -53,6 +54,8 @@ class TrainState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     validation_due: bool = False
+    best: float | None = None
+    best_step: int = 0
 
     @property
     def model(self) -> nn.Module:
@@ -117,7 +120,7 @@ class TrainState:
             self.scaler.load_state_dict(values["scaler"])
 
 
-COUNTS = ("step", "seconds", "skipped_steps", "skipped_in_a_row", "validation_due")
+COUNTS = ("step", "seconds", "skipped_steps", "skipped_in_a_row", "validation_due", "best", "best_step")
 
 
 def optimizer_section(part: str) -> str:

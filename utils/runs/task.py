@@ -27,7 +27,8 @@ class RunConfig:
     data. total_steps: its length, but for max_minutes, 0: no limit; schedule_steps: after so many steps its schedules have run
     through. val_every, save_every, log_every: in steps; keep: checkpoints. ema: decay of the averaged weights, 0: none. fp16: 0
     float32, 1 float16 with loss scaling, which ends the run after max_bad_steps in a row that are not finite, 2 bfloat16.
-    sharded: parts of the models lie on all ranks (FSDP). rate_flag: the flag to be lowered where training diverges.
+    sharded: parts of the models lie on all ranks (FSDP). rate_flag: the flag to be lowered where training diverges. best: the
+    figure of validations by which a checkpoint is kept beside the newest, "" for none.
     """
 
     directory: Path
@@ -46,6 +47,7 @@ class RunConfig:
     max_bad_steps: int
     sharded: bool
     rate_flag: str
+    best: str = ""
 
 
 class StepResult(NamedTuple):
@@ -69,7 +71,8 @@ class Task:
 
     flags: the command's configuration, a dataclass, kept with the run. parts: the models with their optimizers, one of them
     called MODEL (utils/runs/state.py), which has a `config`. title, details: what the log calls it. drawn_by_rank: what each
-    rank draws for itself. may_start_anew: sections of a checkpoint that it need not have, such as a part that is new.
+    rank draws for itself. higher_is_better: figures of its validations of which that is true. may_start_anew: sections of a
+    checkpoint that it need not have, such as a part that is new.
     """
 
     flags: Any
@@ -78,6 +81,7 @@ class Task:
     title: str
     details: str
     drawn_by_rank: str
+    higher_is_better: tuple[str, ...] = ()
     may_start_anew: tuple[str, ...] = ()
 
     def step(self, state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], progress: float) -> StepResult:
@@ -87,6 +91,10 @@ class Task:
     def figures(self, result: StepResult) -> dict[str, float | dict[str, float]]:
         """Figures of a step for the log, over all ranks, which call it together."""
         raise NotImplementedError
+
+    def remarks(self, step: int, figures: dict[str, float | dict[str, float]]) -> list[str]:
+        """Lines for the log about the figures of a step, which has just been logged."""
+        return []
 
     def evaluate(self, state: TrainState, stop: StopRequest | None = None) -> Evaluation | None:
         """On held-out images, all ranks together; None where a stop was requested meanwhile."""

@@ -1,0 +1,257 @@
+"""Train the tokenizer many times, each time otherwise, and measure all alike: which loss and which means are worth it.
+
+    python scripts/checks/ablate_tokenizer.py --out out/ablation --json results/tokenizer_ablation.json
+
+Every run is scripts/train_tokenizer.py with the flags of its row, for as many steps and with one thread, so that figures but
+for images per second do not depend on what else the machine does. The JSON grows by a run at a time, and a second call goes on
+where the first was stopped; --rows and --seeds choose a part. With --transformer_steps an M-VAR is trained on the tokens of the
+rows in SAMPLED, because a tokenizer's own distance predicts that of samples badly.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+
+from models.tokenizer import TOKENIZER_PRESETS, VQVAE
+from scripts.checks.processes import run
+from utils import cli, evidence, plots
+from utils.checkpoint import load_tokenizer
+from utils.cli import flag
+from utils.data.fashion_mnist import export_fashion_mnist
+from utils.data.images import ImageFiles, Images, read_folders
+from utils.files import replace_text
+from utils.metrics.classifier import SmallClassifier, train_classifier
+from utils.metrics.codes import CodeCounts
+from utils.metrics.distances import frechet_distance
+from utils.metrics.features import Extractor, load_extractor
+from utils.metrics.image_sets import Gaussian, open_images
+from utils.metrics.measure import measure, measure_batches
+from utils.metrics.similarity import psnr, ssim
+from utils.runs.log import read_metrics
+
+SHIPPED = "as shipped"
+ROWS: dict[str, list[str]] = {
+    SHIPPED: [],
+    "no discriminator": ["--gan=0"],
+    "no absolute error": ["--l1=0"],
+    "no squared error": ["--l2=0", "--l1=1"],
+    "adversarial weight adaptive, late": ["--gan=0.5", "--gan_adaptive", "--gan_from=0.3"],
+    "DiffAugment": ["--diffaug"],
+    "LeCAM": ["--lecam=0.001"],
+    "EfficientNet discriminator (biased)": ["--gan_features=efflite0", "--gan=0.003"],
+    "perceptual": ["--perceptual=0.25"],
+    "perceptual, logits": ["--perceptual=0.25", "--perceptual_logits=0.01"],
+    "no restarts": ["--restart_every=0"],
+    "cosine lookup": ["--cosine"],
+    "scale dropout": ["--scale_dropout=0.1"],
+    "matching": ["--matching=0.1"],
+    "perturbation": ["--perturbation=0.1"],
+    "averaged weights": ["--ema=0.998"],
+}
+REFINED = "second stage"  # two thirds of the steps without a discriminator, then the decoder alone with one
+SAMPLED = (SHIPPED, "no discriminator", "perturbation", "scale dropout", REFINED)
+DECODED = 1000  # training images that are decoded and compared with the held-out ones
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Flags of scripts/checks/ablate_tokenizer.py."""
+
+    json: str = flag("results/tokenizer_ablation.json", "what was measured, a list of runs; grows")
+    out: str = flag("out/ablation", "directory of the runs")
+    data_path: str = flag("", "directory with train/ and val/; empty: the embedded images")
+    preset: str = flag("f8-32", "sizes of the tokenizer")
+    steps: int = flag(1000, "steps of each run")
+    bs: int = flag(16, "images per step")
+    seeds: int = flag(3, "runs of each row, with seeds 0, 1, ...")
+    rows: str = flag("", "names of rows, separated by commas; empty: all")
+    transformer_steps: int = flag(0, "steps of an M-VAR on the tokens of some rows, 0: none")
+
+
+def main() -> None:
+    config = cli.parse(Ablation, __doc__)
+    names = [*ROWS, REFINED]
+    chosen = [name.strip() for name in config.rows.split(",")] if config.rows else names
+    if unknown := [name for name in chosen if name not in names]:
+        raise ValueError(f"--rows={unknown[0]}: no such row: give some of {', '.join(names)}")
+    out, path = Path(config.out), Path(config.json)
+    images = Path(config.data_path or out / "images")
+    if not config.data_path and not images.exists():
+        export_fashion_mnist(images)
+    judges = None
+    for seed in range(config.seeds):
+        for name in chosen:
+            runs = json.loads(path.read_text())["runs"] if path.exists() else []
+            if any((run["row"], run["seed"], run["steps"]) == (name, seed, config.steps) for run in runs):
+                continue
+            judges = judges or Judges(images, config.preset)
+            directory = out / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
+            train(config, name, seed, images, directory)
+            figures = judges.of_tokenizer(directory) | cost(directory)
+            if config.transformer_steps and name in SAMPLED:
+                figures |= judges.of_samples(*sample(config, seed, images, directory))
+            runs = json.loads(path.read_text())["runs"] if path.exists() else []  # another process may have added some
+            runs.append({"row": name, "seed": seed, "steps": config.steps, **figures})
+            evidence.store(path, {"data": config.data_path or "embedded images", "real": judges.of_real, "runs": runs})
+            replace_text(path.with_suffix(".md"), table(runs))
+            print(f"{name}, seed {seed}: {json.dumps(figures)}", flush=True)
+
+
+def train(config: Ablation, name: str, seed: int, images: Path, directory: Path) -> None:
+    common = ["--data_path", images, f"--preset={config.preset}", "--resize=1", f"--bs={config.bs}", f"--seed={seed}"]
+    common += ["--log_every=50", f"--save_every={config.steps}"]
+    command = ["scripts/train_tokenizer.py", *common]
+    if name != REFINED:
+        run(*command, "--out", directory, f"--max_steps={config.steps}", *ROWS[name])
+        return
+    first = directory.with_name(f"{directory.name}_first")
+    steps = config.steps * 2 // 3
+    run(*command, "--out", first, f"--max_steps={steps}", "--gan=0")
+    run(*command, "--out", directory, f"--max_steps={config.steps - steps}", "--refine", first, "--lr=5e-4")
+
+
+def sample(config: Ablation, seed: int, images: Path, directory: Path) -> tuple[Path, Path]:
+    """A dump of samples of an M-VAR trained on the tokens, and the run of it."""
+    tokens, transformer, samples = (directory / name for name in ("tokens", "transformer", "samples.npz"))
+    words = ("--vae", directory, "--data_path", images, "--out", tokens, "--resize=1", "--center_crop")
+    if not (tokens / "manifest.json").exists():
+        run("scripts/cache_tokens.py", *words)
+    shape = ("--depth=6", "--width=192", "--heads=3", "--bs=64", "--tblr=4e-3", "--alng=1e-2", "--wpe=0.01", "--ema=0.99")
+    steps = config.transformer_steps
+    budget = (f"--max_steps={steps}", f"--ep={steps}", f"--val_every={steps}", f"--save_every={steps}", f"--seed={seed}")
+    run("train.py", "--token_cache", tokens, "--local_out_dir_path", transformer, *shape, *budget)
+    drawn = ("--cfg=1.5", "--top_k=0", "--top_p=0.96", "--seed=1", "--format=npz", f"--num={DECODED}", "--batch=100")
+    run("sample.py", "--ckpt", transformer, "--overwrite", *drawn, "--out", samples)
+    return samples, transformer
+
+
+def cost(directory: Path) -> dict[str, float]:
+    """Images per second, the median over the log without its start, and memory."""
+    lines = [entry for entry in read_metrics(directory) if "images_per_second" in entry]
+    speeds = [entry["images_per_second"] for entry in lines[len(lines) // 4 :]]
+    return {"images_per_second": float(np.median(speeds)), "memory_gb": max(entry["memory_gb"] for entry in lines)}
+
+
+class Judges:
+    """What is measured, the same for all runs: distances from the held-out images by two networks that no loss has seen."""
+
+    def __init__(self, root: Path, preset: str):
+        pixels = TOKENIZER_PRESETS[preset].image_shape[0]
+        train, val = read_folders(root)
+        self.train, self.train_labels = pixels_of(train, pixels)
+        self.val, self.val_labels = pixels_of(val, pixels)
+        self.chosen = np.linspace(0, len(self.train) - 1, min(DECODED, len(self.train))).astype(int)
+        self.classifier = train_classifier(self.train, self.train_labels, len(train.class_names))
+        self.extractors: dict[str, Extractor] = {"fd": load_extractor("efflite0"), "fd_classifier": self.classifier}
+        self.references = {name: gaussian(extractor, self.val) for name, extractor in self.extractors.items()}
+
+    @property
+    def of_real(self) -> dict[str, float]:
+        """The same of training images as they are, and of the classifier on held-out ones."""
+        real = self._distances(self.train[self.chosen])
+        return real | {"recognised": self.classifier.accuracy(self.val, self.val_labels)}
+
+    def of_tokenizer(self, directory: Path) -> dict[str, float | list[float]]:
+        tokenizer = load_tokenizer(directory)
+        decoded, _ = decode(tokenizer, self.train[self.chosen])
+        held_out, counts = decode(tokenizer, self.val)
+        pair = torch.from_numpy(self.val), torch.from_numpy(held_out)
+        usage = counts.by_scale()
+        return {
+            "psnr": float(psnr(*pair).mean()),
+            "ssim": float(ssim(*pair).mean()),
+            **self._distances(decoded),
+            "recognised": self.classifier.accuracy(decoded, self.train_labels[self.chosen]),
+            "edges": edges(held_out) / edges(self.val),
+            "codes_used": [scale.used for scale in usage],
+            "perplexity": [scale.perplexity for scale in usage],
+            "codes_used_in_all": counts.of_all().used,
+        }
+
+    def of_samples(self, samples: Path, transformer: Path) -> dict[str, float]:
+        with np.load(samples, allow_pickle=False) as archive:
+            labels = archive["labels"]
+        made = open_images(samples)
+        figures = {"val_loss": read_metrics(transformer)[-1]["val_loss"]}
+        measured = {name: measure(extractor, made) for name, extractor in self.extractors.items()}
+        for name, found in measured.items():
+            figures[f"samples_{name}"] = frechet_distance(*found.statistics.pooled, *self.references[name])
+        taken_for = measured["fd_classifier"].features.logits.argmax(1).numpy()
+        return figures | {"samples_recognised": float((taken_for == labels).mean())}
+
+    def _distances(self, images: np.ndarray) -> dict[str, float]:
+        return {
+            name: frechet_distance(*gaussian(extractor, images), *self.references[name])
+            for name, extractor in self.extractors.items()
+        }
+
+
+def pixels_of(files: ImageFiles, pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, H, W, 3) uint8 and labels (N,)."""
+    dataset = Images(files, pixels, resize=1.0)
+    images = torch.stack([dataset[(i, i)][0] for i in range(len(files.paths))])
+    return plots.to_uint8((images + 1) / 2), np.array(files.labels)
+
+
+def gaussian(extractor: Extractor | SmallClassifier, images: np.ndarray) -> Gaussian:
+    batches = (images[first : first + 8] for first in range(0, len(images), 8))
+    return measure_batches(extractor, batches, "images", keep_features=False).statistics.pooled
+
+
+def decode(tokenizer: VQVAE, images: np.ndarray) -> tuple[np.ndarray, CodeCounts]:
+    """What is left of images (N, H, W, 3) uint8, and the codes between."""
+    counts = CodeCounts(tokenizer.pyramid, tokenizer.config.num_codes)
+    decoded = []
+    for first in range(0, len(images), BATCH):
+        batch = torch.from_numpy(images[first : first + BATCH]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        indices = tokenizer.encode(batch)
+        counts.add(indices)
+        decoded.append(plots.to_uint8((tokenizer.decode(indices) + 1) / 2))
+    return np.concatenate(decoded), counts
+
+
+def edges(images: np.ndarray) -> float:
+    """Mean square of the differences between neighbouring pixels."""
+    values = images.astype(np.float64)
+    return sum(float(np.square(np.diff(values, axis=axis)).mean()) for axis in (1, 2))
+
+
+COLUMNS = {
+    "psnr": ("PSNR", ".2f"),
+    "ssim": ("SSIM", ".3f"),
+    "fd": ("FD-EffLite0", ".1f"),
+    "fd_classifier": ("FD-classifier", ".2f"),
+    "recognised": ("recognised", ".3f"),
+    "edges": ("edges", ".2f"),
+    "samples_fd": ("samples' FD-EffLite0", ".1f"),
+    "images_per_second": ("images/s", ".0f"),
+    "memory_gb": ("GB", ".2f"),
+}
+
+
+def table(runs: list[dict]) -> str:
+    """Markdown: mean and, behind ±, the standard deviation over the seeds."""
+    lines = ["| | seeds | " + " | ".join(title for title, _ in COLUMNS.values()) + " | codes | perplexity by scale |"]
+    lines.append("|---" * (len(COLUMNS) + 4) + "|")
+    for row in dict.fromkeys(entry["row"] for entry in runs):
+        own = [entry for entry in runs if entry["row"] == row]
+        cells = []
+        for name, (_, form) in COLUMNS.items():
+            values = [entry[name] for entry in own if name in entry]
+            spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):{form}}{spread}" if values else "")
+        perplexity = ", ".join(f"{value:.0f}" for value in np.mean([entry["perplexity"] for entry in own], axis=0))
+        codes = f"{np.mean([entry['codes_used_in_all'] for entry in own]):.0f}"
+        lines.append(f"| {row} | {len(own)} | " + " | ".join(cells) + f" | {codes} | {perplexity} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    cli.run(main)
