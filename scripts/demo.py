@@ -46,8 +46,8 @@ class DemoConfig:
     """Flags of scripts/demo.py."""
 
     out: str = flag("out/demo", "directory of everything made")
-    tokenizer_minutes: float = flag(3.25, "training time of the tokenizer")
-    transformer_minutes: float = flag(4.25, "training time of the transformer")
+    tokenizer_minutes: float = flag(4.0, "training time of the tokenizer")
+    transformer_minutes: float = flag(3.5, "training time of the transformer")
 
 
 def precision() -> int:

@@ -16,7 +16,8 @@ def test_a_preset_brings_its_recipe_and_flags_that_are_given_count():
     assert (small.gan, small.gan_adaptive, small.perceptual, small.ema, small.clip) == (0.01, False, 0.0, 0.0, 1.0)
     assert parsed("--preset=f16-256", "--gan=0.3", "--diffaug=0").gan == 0.3
     assert large.discriminator() == DiscriminatorConfig(64, 3, True)
-    assert set(RECIPES) < set(TOKENIZER_PRESETS)
+    assert (large.lr, small.lr) == (3e-4, 2e-3)
+    assert set(RECIPES) == set(TOKENIZER_PRESETS)
 
 
 @pytest.mark.parametrize("preset", TOKENIZER_PRESETS)

@@ -16,7 +16,7 @@ from utils.data.images import check_resize
 FEATURES = ("", "dino", "efflite0")  # what a discriminator can look at instead of pixels
 SCORES = ("", "val_psnr", "val_ssim", "val_fd", "val_perceptual")
 
-# Of flags that are not given. Of a preset without one, and of the small ones, the defaults below.
+# Of flags that are not given; what a recipe does not say, the defaults below do.
 LARGE_RECIPE = {
     "lr": 3e-4,
     "lr_end": 0.3,
@@ -33,7 +33,8 @@ LARGE_RECIPE = {
     "diffaug": True,
     "ema": 0.9999,
 }
-RECIPES = {"f16-256": LARGE_RECIPE, "f16-512": LARGE_RECIPE}
+SMALL_RECIPE = {"lr": 2e-3}
+RECIPES = {"f16-256": LARGE_RECIPE, "f16-512": LARGE_RECIPE} | dict.fromkeys(("f8-64", "f8-32", "f4-32"), SMALL_RECIPE)
 # Of --refine: the decoder alone, from one that has learnt (VQ-Transplant's second stage: a small constant rate).
 REFINE_RECIPE = {"lr": 1e-4, "lr_end": 1.0, "gan_from": 0.0, "gan_ramp": 0.1, "restart_every": 0}
 
