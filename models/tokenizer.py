@@ -126,8 +126,9 @@ class VQVAE(nn.Module, HubModel):
         Differs from VAR: its builders leave convolutions as the memory was and load weights.
 
         Convolutions keep the variance of their input; the last one of every residual block and attention starts at 0, so that
-        the network starts as a plain pyramid of convolutions and learns several times faster. Codes are normal with deviation
-        1 / sqrt(C); training moves them onto data before the first step.
+        the network starts as a plain pyramid of convolutions and learns several times faster. Decoded images start grey: three
+        colours that begin apart take long to agree, and networks that score images notice tints that nobody sees. Codes are
+        normal with deviation 1 / sqrt(C); training moves them onto data before the first step.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -137,6 +138,8 @@ class VQVAE(nn.Module, HubModel):
             if isinstance(module, (ResidualBlock, PixelAttention)):
                 last = module.conv2 if isinstance(module, ResidualBlock) else module.proj
                 last.weight.zero_()
+        colours = self.decoder.conv_out.weight  # (3, C, 3, 3)
+        colours.copy_(colours.mean(dim=0, keepdim=True).mul(3**0.5).expand_as(colours))
         self.quantizer.codebook.weight.normal_(std=self.config.code_dim**-0.5, generator=generator)
 
     def features(self, images: Tensor) -> Tensor:

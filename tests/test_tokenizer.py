@@ -191,3 +191,12 @@ def test_training_forward_hands_the_means_on():
     plain = model(images)
     assert not torch.equal(plain.images, result.images)
     assert torch.equal(plain.images, model(images, QuantizerTraining()).images)
+
+
+def test_training_starts_from_grey_images_of_some_contrast():
+    model = VQVAE(TokenizerConfig(sides=(1, 2, 4), channels=32, multipliers=(1, 1), num_blocks=1, num_codes=16, code_dim=4))
+    model.init_weights(torch.Generator().manual_seed(0))
+    decoded = model.decode_features(torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(decoded[:, 0], decoded[:, 1])
+    assert torch.equal(decoded[:, 0], decoded[:, 2])
+    assert decoded.std() > 0.1
