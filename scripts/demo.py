@@ -229,7 +229,8 @@ def main() -> None:
             "--resize=1",
             "--bs=16",
             "--log_every=50",
-            "--save_every=1000",  # and so are validations, which take their time from training
+            "--save_every=1000",
+            "--val_every=1000000",  # at the end alone, as validations take their time from training
             f"--max_minutes={config.tokenizer_minutes}",
             f"--fp16={fp16}",
         ),
