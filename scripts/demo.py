@@ -24,20 +24,14 @@ from sklearn.linear_model import LogisticRegression
 from utils import cli, plots
 from utils.checkpoint import load_tokenizer
 from utils.cli import flag
-from utils.data.batches import val_batches
 from utils.data.fashion_mnist import FASHION_MNIST_CLASSES, export_fashion_mnist
 from utils.data.images import Images, read_folders
 from utils.data.token_cache import TokenCache
-from utils.metrics.classifier import train_classifier
-from utils.metrics.distances import frechet_distance
-from utils.metrics.features import Extractor, load_extractor
-from utils.metrics.image_sets import Gaussian, open_images
-from utils.metrics.measure import measure, measure_batches
+from utils.metrics.judges import Judges, decoded
 from utils.runs.log import read_metrics
 
 NUM_SAMPLES = 1000
 RECONSTRUCTIONS = 16
-DECODED_AT_ONCE, DECODED_BATCHES = 8, 20
 NEEDED_DIVERSITY = 0.6
 
 
@@ -123,40 +117,18 @@ def distances(images: Path, tokenizer_run: Path, samples: Path) -> dict[str, flo
     By FD-EffLite0, and by a second network that neither a loss nor that score has seen, which also says how often it recognises
     the class of a decoded image.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(tokenizer_run)
-    splits = [Images(files, tokenizer.config.image_shape[0], resize=1.0) for files in read_folders(images)]
-    (real, labels), (held_out, _) = (all_of(split) for split in splits)
-    classifier = train_classifier(real, labels, len(FASHION_MNIST_CLASSES), device=device)
-    chosen = np.linspace(0, len(real) - 1, NUM_SAMPLES).astype(int)
-    decoded = [tokenizer.decode(tokenizer.encode(to_model(real[rows]))) for rows in np.array_split(chosen, DECODED_BATCHES)]
-    sets = {
-        "reconstructions": np.concatenate([plots.to_uint8((batch + 1) / 2) for batch in decoded]),
-        "real": real[chosen],
-    }
-    figures = {"recognised_reconstructions": classifier.accuracy(sets["reconstructions"], labels[chosen])}
-    for prefix, extractor in (("fd", load_extractor("efflite0", device=device)), ("second", classifier)):
-
-        def gaussian(pixels: np.ndarray, source: str, extractor: Extractor = extractor) -> Gaussian:
-            batches = (pixels[i : i + DECODED_AT_ONCE] for i in range(0, len(pixels), DECODED_AT_ONCE))
-            return measure_batches(extractor, batches, source, keep_features=False).statistics.pooled
-
-        reference = gaussian(held_out, "held-out images")
-        others = {"samples": measure(extractor, open_images(samples), keep_features=False).statistics.pooled}
-        others |= {name: gaussian(pixels, name) for name, pixels in sets.items()}
-        figures |= {f"{prefix}_{name}": frechet_distance(*other, *reference) for name, other in others.items()}
-    return figures
-
-
-def all_of(images: Images) -> tuple[np.ndarray, np.ndarray]:
-    """(N, H, W, 3) uint8, and labels (N,)."""
-    batches = [plots.to_uint8((batch + 1) / 2) for batch, _ in val_batches(images, DECODED_AT_ONCE)]
-    return np.concatenate(batches), np.array(images.files.labels)
-
-
-def to_model(images: np.ndarray) -> torch.Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    judges = Judges(images, tokenizer.config.image_shape[0], NUM_SAMPLES, "cuda" if torch.cuda.is_available() else "cpu")
+    with np.load(samples, allow_pickle=False) as archive:
+        made = archive["arr_0"]
+    real = judges.train[judges.chosen]
+    reconstructions, _ = decoded(tokenizer, real)
+    figures = {}
+    for name, pixels in (("samples", made), ("reconstructions", reconstructions), ("real", real)):
+        of_set = judges.distances(pixels)
+        figures |= {f"fd_{name}": of_set["efflite0"], f"second_{name}": of_set["classifier"]}
+    recognised = judges.classifier.accuracy(reconstructions, judges.train_labels[judges.chosen])
+    return figures | {"recognised_reconstructions": recognised}
 
 
 def draw_reconstructions(images: Path, tokenizer_run: Path, out: Path) -> None:

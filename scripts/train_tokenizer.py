@@ -137,9 +137,10 @@ class ImageReconstruction(Task):
             figures = self.critic.learn(images, decoded, generator, scaler)
             adversarial = self.critic.judge(decoded, generator)
         (pull,) = torch.autograd.grad(scaler.scale(adversarial), decoded)
-        squares = ranks.sum(torch.stack([others.square().sum(), pull.square().sum()]))  # the same weight on all ranks
+        squares = torch.stack([others.square().sum(), pull.square().sum()])
         weight = torch.full_like(adversarial, config.gan).detach()
         if config.gan_adaptive:
+            squares = ranks.sum(squares)  # the same weight on all ranks
             weight *= adaptive_weight(*squares, config.gan_least, config.gan_most)
         share = weight * (squares[1] / squares[0].clamp_min(1e-30)).sqrt()
         figures |= {"gan_loss": adversarial.detach(), "gan_weight": weight, "gan_share": share}

@@ -11,11 +11,8 @@ from pathlib import Path
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one step: a reader, or a kill, finds the old one or the new one."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text)
-    _to_disk(aside)
-    os.replace(aside, path)
-    _to_disk(path.parent)
+    with replace_file(path) as aside:
+        aside.write_text(text)
 
 
 @contextlib.contextmanager

@@ -18,20 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from models.tokenizer import TOKENIZER_PRESETS, VQVAE
+from models.tokenizer import TOKENIZER_PRESETS
 from scripts.checks.processes import run
-from utils import cli, evidence, plots
+from utils import cli, evidence
 from utils.checkpoint import load_tokenizer
 from utils.cli import flag
 from utils.data.fashion_mnist import export_fashion_mnist
-from utils.data.images import ImageFiles, Images, read_folders
 from utils.files import replace_text
-from utils.metrics.classifier import SmallClassifier, train_classifier
-from utils.metrics.codes import CodeCounts
-from utils.metrics.distances import frechet_distance
-from utils.metrics.features import Extractor, load_extractor
-from utils.metrics.image_sets import Gaussian, open_images
-from utils.metrics.measure import measure, measure_batches
+from utils.metrics.judges import Judges, decoded
 from utils.metrics.similarity import psnr, ssim
 from utils.runs.log import read_metrics
 
@@ -57,7 +51,6 @@ ROWS: dict[str, list[str]] = {
 REFINED = "second stage"  # two thirds of the steps without a discriminator, then the decoder alone with one
 SAMPLED = (SHIPPED, "no discriminator", "perturbation", "scale dropout", REFINED)
 DECODED = 1000  # training images that are decoded and compared with the held-out ones
-BATCH = 50
 
 
 @dataclass(frozen=True)
@@ -91,15 +84,17 @@ def main() -> None:
             runs = json.loads(path.read_text())["runs"] if path.exists() else []
             if any((run["row"], run["seed"], run["steps"]) == (name, seed, config.steps) for run in runs):
                 continue
-            judges = judges or Judges(images, config.preset)
+            if judges is None:
+                judges = Judges(images, TOKENIZER_PRESETS[config.preset].image_shape[0], DECODED)
+                real = of_real(judges)
             directory = out / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
             train(config, name, seed, images, directory)
-            figures = judges.of_tokenizer(directory) | cost(directory)
+            figures = of_tokenizer(judges, directory) | cost(directory)
             if config.transformer_steps and name in SAMPLED:
-                figures |= judges.of_samples(*sample(config, seed, images, directory))
+                figures |= of_samples(judges, *sample(config, seed, images, directory))
             runs = json.loads(path.read_text())["runs"] if path.exists() else []  # another process may have added some
             runs.append({"row": name, "seed": seed, "steps": config.steps, **figures})
-            evidence.store(path, {"data": config.data_path or "embedded images", "real": judges.of_real, "runs": runs})
+            evidence.store(path, {"data": config.data_path or "embedded images", "real": real, "runs": runs})
             replace_text(path.with_suffix(".md"), table(runs))
             print(f"{name}, seed {seed}: {json.dumps(figures)}", flush=True)
 
@@ -133,88 +128,51 @@ def sample(config: Ablation, seed: int, images: Path, directory: Path) -> tuple[
 
 
 def cost(directory: Path) -> dict[str, float]:
-    """Images per second, the median over the log without its start, and memory."""
+    """Images per second, the median over the log without its start.
+
+    No memory: what the log has of it begins, for a process that another one starts, at what that one has.
+    """
     lines = [entry for entry in read_metrics(directory) if "images_per_second" in entry]
     speeds = [entry["images_per_second"] for entry in lines[len(lines) // 4 :]]
-    return {"images_per_second": float(np.median(speeds)), "memory_gb": max(entry["memory_gb"] for entry in lines)}
+    return {"images_per_second": float(np.median(speeds))}
 
 
-class Judges:
-    """What is measured, the same for all runs: distances from the held-out images by two networks that no loss has seen."""
-
-    def __init__(self, root: Path, preset: str):
-        pixels = TOKENIZER_PRESETS[preset].image_shape[0]
-        train, val = read_folders(root)
-        self.train, self.train_labels = pixels_of(train, pixels)
-        self.val, self.val_labels = pixels_of(val, pixels)
-        self.chosen = np.linspace(0, len(self.train) - 1, min(DECODED, len(self.train))).astype(int)
-        self.classifier = train_classifier(self.train, self.train_labels, len(train.class_names))
-        self.extractors: dict[str, Extractor] = {"fd": load_extractor("efflite0"), "fd_classifier": self.classifier}
-        self.references = {name: gaussian(extractor, self.val) for name, extractor in self.extractors.items()}
-
-    @property
-    def of_real(self) -> dict[str, float]:
-        """The same of training images as they are, and of the classifier on held-out ones."""
-        real = self._distances(self.train[self.chosen])
-        return real | {"recognised": self.classifier.accuracy(self.val, self.val_labels)}
-
-    def of_tokenizer(self, directory: Path) -> dict[str, float | list[float]]:
-        tokenizer = load_tokenizer(directory)
-        decoded, _ = decode(tokenizer, self.train[self.chosen])
-        held_out, counts = decode(tokenizer, self.val)
-        pair = torch.from_numpy(self.val), torch.from_numpy(held_out)
-        usage = counts.by_scale()
-        return {
-            "psnr": float(psnr(*pair).mean()),
-            "ssim": float(ssim(*pair).mean()),
-            **self._distances(decoded),
-            "recognised": self.classifier.accuracy(decoded, self.train_labels[self.chosen]),
-            "edges": edges(held_out) / edges(self.val),
-            "codes_used": [scale.used for scale in usage],
-            "perplexity": [scale.perplexity for scale in usage],
-            "codes_used_in_all": counts.of_all().used,
-        }
-
-    def of_samples(self, samples: Path, transformer: Path) -> dict[str, float]:
-        with np.load(samples, allow_pickle=False) as archive:
-            labels = archive["labels"]
-        made = open_images(samples)
-        figures = {"val_loss": read_metrics(transformer)[-1]["val_loss"]}
-        measured = {name: measure(extractor, made) for name, extractor in self.extractors.items()}
-        for name, found in measured.items():
-            figures[f"samples_{name}"] = frechet_distance(*found.statistics.pooled, *self.references[name])
-        taken_for = measured["fd_classifier"].features.logits.argmax(1).numpy()
-        return figures | {"samples_recognised": float((taken_for == labels).mean())}
-
-    def _distances(self, images: np.ndarray) -> dict[str, float]:
-        return {
-            name: frechet_distance(*gaussian(extractor, images), *self.references[name])
-            for name, extractor in self.extractors.items()
-        }
+def of_tokenizer(judges: Judges, directory: Path) -> dict[str, float | list[float]]:
+    tokenizer = load_tokenizer(directory)
+    train, _ = decoded(tokenizer, judges.train[judges.chosen])
+    held_out, counts = decoded(tokenizer, judges.val)
+    pair = torch.from_numpy(judges.val), torch.from_numpy(held_out)
+    usage, distances = counts.by_scale(), judges.distances(train)
+    return {
+        "psnr": float(psnr(*pair).mean()),
+        "ssim": float(ssim(*pair).mean()),
+        "fd": distances["efflite0"],
+        "fd_classifier": distances["classifier"],
+        "recognised": judges.classifier.accuracy(train, judges.train_labels[judges.chosen]),
+        "edges": edges(held_out) / edges(judges.val),
+        "codes_used": [scale.used for scale in usage],
+        "perplexity": [scale.perplexity for scale in usage],
+        "codes_used_in_all": counts.of_all().used,
+    }
 
 
-def pixels_of(files: ImageFiles, pixels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, H, W, 3) uint8 and labels (N,)."""
-    dataset = Images(files, pixels, resize=1.0)
-    images = torch.stack([dataset[(i, i)][0] for i in range(len(files.paths))])
-    return plots.to_uint8((images + 1) / 2), np.array(files.labels)
+def of_samples(judges: Judges, samples: Path, transformer: Path) -> dict[str, float]:
+    with np.load(samples, allow_pickle=False) as archive:
+        made, labels = archive["arr_0"], archive["labels"]
+    distances = judges.distances(made)
+    return {
+        "val_loss": read_metrics(transformer)[-1]["val_loss"],
+        "samples_fd": distances["efflite0"],
+        "samples_fd_classifier": distances["classifier"],
+        "samples_recognised": judges.classifier.accuracy(made, labels),
+    }
 
 
-def gaussian(extractor: Extractor | SmallClassifier, images: np.ndarray) -> Gaussian:
-    batches = (images[first : first + 8] for first in range(0, len(images), 8))
-    return measure_batches(extractor, batches, "images", keep_features=False).statistics.pooled
-
-
-def decode(tokenizer: VQVAE, images: np.ndarray) -> tuple[np.ndarray, CodeCounts]:
-    """What is left of images (N, H, W, 3) uint8, and the codes between."""
-    counts = CodeCounts(tokenizer.pyramid, tokenizer.config.num_codes)
-    decoded = []
-    for first in range(0, len(images), BATCH):
-        batch = torch.from_numpy(images[first : first + BATCH]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        indices = tokenizer.encode(batch)
-        counts.add(indices)
-        decoded.append(plots.to_uint8((tokenizer.decode(indices) + 1) / 2))
-    return np.concatenate(decoded), counts
+def of_real(judges: Judges) -> dict[str, float]:
+    """The same of training images as they are, and of the classifier on held-out ones."""
+    distances = judges.distances(judges.train[judges.chosen])
+    recognised = judges.classifier.accuracy(judges.val, judges.val_labels)
+    return {"fd": distances["efflite0"], "fd_classifier": distances["classifier"], "recognised": recognised}
 
 
 def edges(images: np.ndarray) -> float:
@@ -232,7 +190,6 @@ COLUMNS = {
     "edges": ("edges", ".2f"),
     "samples_fd": ("samples' FD-EffLite0", ".1f"),
     "images_per_second": ("images/s", ".0f"),
-    "memory_gb": ("GB", ".2f"),
 }
 
 

@@ -2,7 +2,7 @@
 
 No loss has seen it, and it has seen nothing but the training images, so that a distance of its features, and how often it
 recognises what was decoded or drawn, tell whether a better FD-EffLite0 is more than an agreement with one network. Its figures
-are comparable where data, seed and PyTorch are the same. Legend: N images, H x W pixels.
+are comparable where data, seed, PyTorch and its number of threads are the same. Legend: N images, H x W pixels.
 """
 
 import numpy as np
