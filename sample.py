@@ -1,8 +1,8 @@
 """Generate images: a labelled grid, a picture of the scales building up, a folder of PNG, or an .npz for evaluation.
 
-The transformer and its tokenizer may be ours or released ones. Image n depends on the seed and n alone: not on the batch size,
-on the number of images, or on how many ranks of torchrun share the work. A dump (png, npz) that was killed is resumed by the
-same command.
+The transformer and its tokenizer may be ours or released ones. Image n depends on the seed, n and the precision alone: not on
+the batch size, on the number of images, or on how many ranks of torchrun share the work. A dump (png, npz) that was killed is
+resumed by the same command, in the precision that it was begun in.
 
 Images are written by a thread, and on GPUs decoded on a stream of their own, while the next ones are sampled.
 """
@@ -37,6 +37,7 @@ from models.generate import (
     num_cohorts,
     sample,
 )
+from models.precision import PRECISIONS, Precision, fastest
 from models.scan_backends import SCAN_BACKENDS, choose_scan_
 from models.storage import weights_hash
 from models.tokenizer import VQVAE
@@ -45,7 +46,7 @@ from utils import cli, plots
 from utils.background import Background
 from utils.checkpoint import load_description, load_tokenizer_for, load_transformer
 from utils.cli import flag, required
-from utils.dump import Dump, finished_settings
+from utils.dump import Dump, begun_settings, finished_settings
 from utils.evidence import commit
 
 PRESETS = {
@@ -55,6 +56,7 @@ PRESETS = {
 FID_IMAGES_PER_CLASS = 50
 GRID_COLUMNS = 8
 DEFAULT_CLASSES = 10  # rows of a grid where neither --classes nor --num says otherwise
+AUTO = "auto"
 NOT_SETTINGS = ("out", "overwrite", "batch")  # flags that no image depends on
 
 
@@ -89,6 +91,11 @@ class SampleConfig:
     batch: int = flag(
         64, "images that a rank takes at a time, in whole cohorts of 16 (on GPUs 64) that are always computed alike"
     )
+    precision: str = flag(
+        "auto",
+        f"what images are computed in, of {', '.join(PRECISIONS)}, or two of them with a comma: of the transformer and of the "
+        "decoder; auto: the half precision of the device where it is much faster, which a CPU is measured for",
+    )
     cuda_graph: bool = flag(False, "launch all scales of a batch as one graph: for GPUs that wait for Python")
     scan_backend: str = flag(
         "auto", "kernels of Mamba-2; auto: on a GPU those that are installed, else plain torch", choices=SCAN_BACKENDS
@@ -103,6 +110,8 @@ class SampleConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         self.sweep()
+        if self.precision != AUTO:
+            Precision.parse(self.precision)
 
     @property
     def is_dump(self) -> bool:
@@ -261,6 +270,21 @@ def load_models(config: SampleConfig, device: torch.device) -> tuple[ScaleTransf
     return transformer.to(device), tokenizer.to(device), description.class_names if description else []
 
 
+def choose_precision(
+    config: SampleConfig, settings: list[Setting], transformer: ScaleTransformer, tokenizer: VQVAE, ranks: Ranks
+) -> Precision:
+    """That of --precision; auto: what a dump that is there was begun in, else what suits the device. The same on all ranks."""
+    if config.precision != AUTO:
+        return Precision.parse(config.precision)
+    precision = Precision()
+    if ranks.is_main:
+        known = [begun_settings(setting.out) or {} for setting in settings] if config.is_dump and not config.overwrite else []
+        there = next((of_dump["precision"] for of_dump in known if "precision" in of_dump), None)
+        precision = Precision.parse(there) if there else fastest(transformer, tokenizer)
+    chosen = ranks.numbers_from_main([PRECISIONS.index(name) for name in (precision.transformer, precision.decoder)])
+    return Precision(*(PRECISIONS[i] for i in chosen))
+
+
 def draw_pictures(
     config: SampleConfig,
     setting: Setting,
@@ -289,13 +313,9 @@ def draw_pictures(
         write_scales(setting.out, np.concatenate(kept), labels, names, tokenizer)
 
 
-def plan_dump(
-    config: SampleConfig, setting: Setting, transformer: ScaleTransformer, tokenizer: VQVAE, labels: list[int]
-) -> Dump:
-    """What is to be made, with all that its images depend on."""
-    device = next(transformer.parameters()).device.type
+def plan_dump(config: SampleConfig, setting: Setting, weights: dict[str, str], device: str, labels: list[int]) -> Dump:
+    """What is to be made, with all that its images depend on; weights: hashes of both models."""
     flags = {name: value for name, value in {**asdict(config), **asdict(setting)}.items() if name not in NOT_SETTINGS}
-    weights = {"transformer_sha256": weights_hash(transformer), "tokenizer_sha256": weights_hash(tokenizer)}
     code = {"device": device, "torch": torch.__version__, "commit": commit()}
     uint8 = "255 times the value in [0, 1], rounded to nearest"
     return Dump(setting.out, labels, COHORT_SIZE[device], {**flags, "num": len(labels), **weights, **code, "uint8": uint8})
@@ -353,9 +373,15 @@ def main() -> None:
             raise ValueError(f"--format={config.format}: a picture is made by one process: run it without torchrun")
         transformer, tokenizer, class_names = load_models(config, ranks.device)
         scan_choice = choose_scan_(transformer, config.scan_backend, ranks.device)
-        config = replace(config, scan_backend=scan_choice.backend)  # the one used, which images depend on
+        models = {"transformer_sha256": transformer, "tokenizer_sha256": tokenizer}
+        weights = {name: weights_hash(model) for name, model in models.items()} if config.is_dump else {}
+        precision = choose_precision(config, settings, transformer, tokenizer, ranks)
+        precision.apply_(transformer, tokenizer)
+        config = replace(
+            config, scan_backend=scan_choice.backend, precision=str(precision)
+        )  # those used; images depend on them
         if ranks.is_main:
-            print(scan_choice, file=sys.stderr)
+            print(f"{scan_choice}\n{precision.in_words()}", file=sys.stderr)
         num_classes = transformer.config.num_classes
         names = [*(class_names or [str(label) for label in range(num_classes)]), "none"]
         if config.classes and config.classes != "random":
@@ -368,7 +394,7 @@ def main() -> None:
             if not config.is_dump:
                 draw_pictures(config, setting, transformer, tokenizer, labels, names)
             else:
-                dump = plan_dump(config, setting, transformer, tokenizer, labels)
+                dump = plan_dump(config, setting, weights, ranks.device.type, labels)
                 if config.overwrite and ranks.is_main:
                     remove_earlier(dump)
                 if not config.overwrite and ranks.largest(int(ranks.is_main and dump.is_finished())):

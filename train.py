@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dist import Ranks, gradient_exchange, process_group, replicated, shard_, whole_outside_forward
 from models.generate import generate
+from models.precision import tokenizer_in, told_of_tokens
 from models.pyramid import Pyramid
 from models.scan_backends import choose_scan_
 from models.storage import Description, read_description
@@ -39,7 +40,17 @@ from utils.runs.resume import check_same_transformer, chosen_seed
 from utils.runs.saving import read_numbers
 from utils.runs.state import MODEL, Part, TrainState
 from utils.runs.tally import Tally
-from utils.runs.task import ALL_RANKS, AUTOCAST_DTYPES, Evaluation, RunConfig, StepResult, Task, autocast, step_seed
+from utils.runs.task import (
+    ALL_RANKS,
+    AUTOCAST_DTYPES,
+    PRECISION_NAMES,
+    Evaluation,
+    RunConfig,
+    StepResult,
+    Task,
+    autocast,
+    step_seed,
+)
 from utils.signals import StopRequest
 
 HUB_TOKENIZER = f"FoundationVision/var:{RELEASED_TOKENIZER}"
@@ -72,6 +83,8 @@ class NextScalePrediction(Task):
         self.title, self.details = f"{config.family} depth {config.depth}", f"pyramid {transformer.pyramid}"
         self.tokenizer = tokenizer.to(ranks.device).eval().requires_grad_(False)
         self.tokenizer_hash = fingerprint(self.tokenizer)
+        # the same one, but for the precision of what it computes beside the training
+        self.coder = tokenizer_in(self.tokenizer, config.vae_precision, PRECISION_NAMES[config.fp16])
         self.transformer, self.pyramid = transformer, transformer.pyramid
         self.rank_batch = config.rank_batch(ranks.world)
         self.scan_choice = choose_scan_(transformer, config.scan_backend, ranks.device)
@@ -156,7 +169,7 @@ class NextScalePrediction(Task):
     def _indices(self, batch: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W) or cached tokens (B, L) -> K index tensors (B, h_k * w_k)."""
         batch = self._to_device(batch)
-        return self.tokenizer.encode(batch) if batch.is_floating_point() else self.pyramid.split(batch.long())
+        return self.coder.encode(batch) if batch.is_floating_point() else self.pyramid.split(batch.long())
 
     def _drop_classes(self, labels: Tensor, step: int, micro_batch: int) -> Tensor:
         """Labels (B,), some replaced by "no class". Drawn for the whole step, so that the number of ranks does not matter."""
@@ -206,7 +219,7 @@ class NextScalePrediction(Task):
         figures, pictures = tally.metrics("val_"), {}
         if self.fidelity is not None:
             with self._sampling(state) as transformer:
-                distance = self.fidelity.of_samples(transformer, self.tokenizer, stop)
+                distance = self.fidelity.of_samples(transformer, self.coder, stop)
             if distance is None:
                 return None
             figures |= {"val_fd": distance, "val_fd_real": self.fidelity.real}
@@ -258,14 +271,14 @@ class NextScalePrediction(Task):
         generator = torch.Generator(self.ranks.device).manual_seed(0)
         with self._sampling(state) as transformer:
             labels = torch.arange(len(names), device=self.ranks.device)
-            images = generate(transformer, self.tokenizer, labels, generator=generator).images
+            images = generate(transformer, self.coder, labels, generator=generator).images
         return plots.grid(list(plots.to_uint8(images)[:, None]), names)
 
     def _draw_reconstructions(self) -> Image.Image:
         """A few held-out images, where there are pixels, below what their tokens decode to."""
         every = max(self.data.val_size // SHOWN_IMAGES, 1)  # so that all classes are among them
         images, _ = next(self.data.val_batches(SHOWN_IMAGES, 0, every))
-        rows = {"decoded": self.tokenizer.decode(self._indices(images))}
+        rows = {"decoded": self.coder.decode(self._indices(images))}
         if images.is_floating_point():
             rows["original"] = images
         return plots.grid([plots.to_uint8((row + 1) / 2) for row in rows.values()], list(rows))
@@ -289,11 +302,14 @@ class NextScalePrediction(Task):
         check_classes(read_description(checkpoint).class_names, self.data.class_names, checkpoint, "the data given")
 
     def notes(self) -> list[str]:
-        fidelity = self.fidelity
+        fidelity, lines = self.fidelity, [str(self.scan_choice)]
+        if self.config.vae_precision != "float32" and not self.config.token_cache:
+            images, _ = next(self.data.val_batches(SHOWN_IMAGES, 0, 1))
+            lines.append(told_of_tokens(self.config.vae_precision, self.tokenizer, self.coder, self._to_device(images)))
         if fidelity is None:
-            return [str(self.scan_choice)]
+            return lines
         real = f"FD-EffLite0 of {fidelity.count} training images from the held-out ones: {fidelity.real:.2f}"
-        return [str(self.scan_choice), real]
+        return [*lines, real]
 
 
 # --- the command --------------------------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from dist import Ranks
-from utils.data.batches import TrainOrder
+from utils.data.batches import Timed, TrainOrder
 from utils.files import locked, replace_text
 from utils.runs.log import RunLog
+from utils.runs.pace import Pace
 from utils.runs.resume import agreed_checkpoint, changes
 from utils.runs.saving import ShardedSaver, read_numbers, restore_, save_checkpoint
 from utils.runs.state import AVERAGED, MODEL, TrainState, named
@@ -163,9 +164,9 @@ class Trainer:
         state, config, ranks = self.state, self.config, self.ranks
         views = self.task.data.views
         order = TrainOrder(self.task.data.size, config.batch, config.seed, ranks.rank, ranks.world, config.micro_batches, views)
-        batches = self.task.data.train_batches(order, state.step, config.total_steps)
+        batches = Timed(self.task.data.train_batches(order, state.step, config.total_steps))
         final: dict[str, float] = {}
-        mark_time, mark_step = time.monotonic(), state.step  # of the last log line
+        pace = Pace(batches, state.step, self.task.data.mend)
         clock_start = time.monotonic() - state.seconds
         while True:
             # validate
@@ -173,7 +174,7 @@ class Trainer:
             if state.validation_due:
                 final = self._validate(log, stop)
                 is_best = self._note_best(final)
-                mark_time, mark_step = time.monotonic(), state.step
+                pace.mark(state.step)
             # stop?
             save_failed = self.sharded is not None and self.sharded.has_failed()
             stopped_by = ranks.largest(SAVE_FAILED if save_failed else stop.number)
@@ -194,14 +195,14 @@ class Trainer:
             state.validation_due = state.step % config.val_every == 0 or self._finished()
             # log
             if state.step % config.log_every == 0 or self._finished():
-                speed = (state.step - mark_step) * config.batch / (time.monotonic() - mark_time)
-                mark_time, mark_step = time.monotonic(), state.step
-                metrics = self._metrics(result, norms, speed)
+                speed, waited = pace.measure(state.step)
+                waited = ranks.largest(round(1000 * waited)) / 1000
+                metrics = self._metrics(result, norms, speed * config.batch) | {"data_wait": waited}
                 log.metrics(state.step, metrics)
                 share = self.progress()
                 total = round(state.step / share) if config.max_minutes else config.total_steps
                 log.progress(state.step, total, share, state.seconds, metrics)
-                for remark in self.task.remarks(state.step, metrics):
+                for remark in [*self.task.remarks(state.step, metrics), *pace.remarks(waited)]:
                     log.text(f"step {state.step}: {remark}")
 
     def progress(self) -> float:

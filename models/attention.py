@@ -203,7 +203,6 @@ class Attention(nn.Module):
         self.pyramid = pyramid
         self.heads = heads
         self.history = self.carries_state = history
-        self.float32_parts: list[nn.Module] = []
         self.normalize = normalize
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))  # keys have no bias: it would cancel in the softmax
@@ -222,6 +221,10 @@ class Attention(nn.Module):
         self.tilings = {size: Tiling.of(size, window) for k in windowed_scales for size in pyramid.shapes[k]}
         for size, tiling in self.tilings.items():
             self.register_buffer(f"visible_{size}", tiling.visible(), persistent=False)
+
+    @property
+    def float32_parts(self) -> list[nn.Module | nn.Parameter]:
+        return [self.log_scale] if self.normalize else []
 
     @property
     def hidden_scores(self) -> int:

@@ -26,13 +26,14 @@ class Mixer(Protocol):
     """What mixes tokens in a block: a module that says everything about itself.
 
     carries_state: whether a scale depends on earlier ones through its state. float32_parts: modules in it whose parameters stay
-    in float32 where all others are in half precision. hidden_flops: floating-point operations of a forward pass over one image
-    that are computed and masked. attention_multiply_adds: of a forward pass over one image, as MVAR (arXiv 2505.12742, table 1)
-    counts attention: projections to queries, keys and values and both products with seen scores; 0 for what is no attention.
+    in float32 where all others are in half precision, and single parameters, which sharded training cannot keep apart.
+    hidden_flops: floating-point operations of a forward pass over one image that are computed and masked.
+    attention_multiply_adds: of a forward pass over one image, as MVAR (arXiv 2505.12742, table 1) counts attention: projections
+    to queries, keys and values and both products with seen scores; 0 for what is no attention.
     """
 
     carries_state: bool
-    float32_parts: list[nn.Module]
+    float32_parts: list[nn.Module | nn.Parameter]
     hidden_flops: int
     attention_multiply_adds: int
 

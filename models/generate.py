@@ -23,8 +23,6 @@ from models.transformer import BlockState, ScaleTransformer
 # Images of a series that are always computed together. The rounding of a matrix product depends on its size, so the same image
 # in a batch of another size could come out otherwise.
 COHORT_SIZE = {"cpu": 16, "cuda": 64}
-# Of the decoder. Half precision is slower on CPUs; what it loses: scripts/benchmark.py sampling.
-DECODER_TYPE = {"cpu": torch.float32, "cuda": torch.float16}
 
 Noise = Callable[[Tensor], Tensor]  # exponential random numbers of the shape of its argument (B, ..., V)
 
@@ -75,7 +73,8 @@ def sample_scales(
     """All scales of images of the given classes (B,), one after another.
 
     noise is asked for random numbers in a fixed order: at each scale those that draw its tokens (B, h_k * w_k, V), and with
-    config.smooth as many again. Nothing here waits for the device or depends on a value.
+    config.smooth as many again. Nothing here waits for the device or depends on a value. What the transformer computes is in
+    the precision of its weights, all else in float32.
     """
     # Differs from MVAR: its sampler takes guidance 1 for none; here as in VAR only 0 is none.
     guided = config.guidance_scale > 0
@@ -96,7 +95,9 @@ def sample_scales(
         indices.append(draw_indices(logits, noise(logits)))
         if config.smooth:
             temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
-            vectors = mix_weights(logits * (1 + progress), temperature, noise(logits)) @ codebook.weight
+            weights = mix_weights(logits * (1 + progress), temperature, noise(logits))
+            with torch.autocast(logits.device.type, enabled=False):
+                vectors = weights @ codebook.weight
         else:
             vectors = codebook(indices[k])
         f_hat = quantizer.add_scale(state.f_hat, k, vectors)
@@ -118,9 +119,8 @@ def sample(
 
 
 def decode_sampled(tokenizer: VQVAE, sampled: SampledScales) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1], in half precision where there is a GPU."""
-    f_hat = sampled.sums[-1]
-    return (tokenizer.decode_features(f_hat, DECODER_TYPE[f_hat.device.type]) + 1) / 2
+    """Images (B, 3, H, W) in [0, 1]."""
+    return (tokenizer.decode_features(sampled.sums[-1]) + 1) / 2
 
 
 def check_finite(sampled: SampledScales) -> None:

@@ -240,7 +240,7 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(inner, width, bias=False)
 
     @property
-    def float32_parts(self) -> list[nn.Module]:
+    def float32_parts(self) -> list[nn.Module | nn.Parameter]:
         return [self.ssm]
 
     @torch.no_grad()

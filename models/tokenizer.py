@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from models.autoencoder import Decoder, Encoder, PixelAttention, ResidualBlock
 from models.hub import HubModel
@@ -149,7 +148,11 @@ class VQVAE(nn.Module, HubModel):
                 f"images of {images.shape[2]}x{images.shape[3]} px do not fit the pyramid {self.pyramid} of this "
                 f"/{self.config.downsampling} tokenizer: give {self.config.image_shape[0]}x{self.config.image_shape[1]} px"
             )
-        return self.before_quantizer(self.encoder(images))
+        dtype = self.before_quantizer.weight.dtype
+        if dtype == torch.float32:
+            return self.before_quantizer(self.encoder(images))
+        with torch.autocast(images.device.type, enabled=False):
+            return self.before_quantizer(self.encoder(images.to(dtype))).to(images.dtype)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
@@ -157,25 +160,27 @@ class VQVAE(nn.Module, HubModel):
         return self.quantizer.encode(self.features(images))
 
     @torch.no_grad()
-    def decode_features(self, f_hat: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def decode_features(self, f_hat: Tensor) -> Tensor:
         """Features (B, code_dim, h, w) -> images (B, 3, f*h, f*w) clamped to [-1, 1], in the type of the features.
 
-        dtype: in which it is computed, None for that of the features. A few images at a time, so that memory does not grow
-        with the batch.
+        Computed in the type of the decoder's weights, a few images at a time, so that memory does not grow with the batch.
         """
-        dtype = dtype or f_hat.dtype
-        steps = [
-            (module, {name: parameter.to(dtype) for name, parameter in module.named_parameters()})
-            for module in (self.after_quantizer, self.decoder)
-        ]
+        dtype = self.after_quantizer.weight.dtype
         pixels = f_hat.shape[2] * f_hat.shape[3] * self.config.downsampling**2
         images = []
-        for x in f_hat.split(max(DECODED_PIXELS[f_hat.device.type] // pixels, 1)):
-            x = x.to(dtype, memory_format=torch.channels_last)  # and so every map of the decoder, where it is faster
-            for module, weights in steps:
-                x = functional_call(module, weights, x)
-            images.append(x.to(f_hat.dtype).clamp(-1, 1))
+        with torch.autocast(f_hat.device.type, enabled=False):
+            for x in f_hat.split(max(DECODED_PIXELS[f_hat.device.type] // pixels, 1)):
+                x = x.to(dtype, memory_format=torch.channels_last)  # and so every map of the decoder, where it is faster
+                images.append(self.decoder(self.after_quantizer(x)).to(f_hat.dtype).clamp(-1, 1))
         return torch.cat(images).contiguous()
+
+    def cast_decoder_(self, dtype: torch.dtype) -> None:
+        """Cast what turns features into pixels; what makes tokens, and the sum of codes, stay as they are."""
+        _cast_(dtype, self.after_quantizer, self.decoder)
+
+    def cast_encoder_(self, dtype: torch.dtype) -> None:
+        """Cast what turns pixels into features; codes are looked up in float32."""
+        _cast_(dtype, self.encoder, self.before_quantizer)
 
     def decode(self, indices: list[Tensor]) -> Tensor:
         """K index tensors (B, h_k * w_k) -> images (B, 3, H, W) in [-1, 1]."""
@@ -215,3 +220,9 @@ class VQVAE(nn.Module, HubModel):
         title = f"Multi-scale VQVAE tokenizer, {height}x{width} px"
         summary = "Images to and from a pyramid of tokens, from coarse to fine ([VAR](https://arxiv.org/abs/2404.02905))."
         return Facts(title, summary, rows, USAGE.format(source=source))
+
+
+def _cast_(dtype: torch.dtype, *modules: nn.Module) -> None:
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(dtype)

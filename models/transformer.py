@@ -10,8 +10,10 @@ logits.
 Letters: B images, L tokens, C width, V codes, S sub-layers of a block.
 """
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +35,7 @@ PRESETS = {
     "d36-s": {"depth": 36, "pixels": 512, "shared_modulation": True},
 }
 
+HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 MOST_NAMES = 20  # of classes that a card lists
 USAGE = """```python
 import torch
@@ -201,15 +204,24 @@ class ScaleTransformer(nn.Module, HubModel):
         parts = []
         for block in self.blocks:
             parts.append(PrecisionPart(block.modulation, exact=False))  # called outside of the block
-            parts += [PrecisionPart(module, exact=True) for mixer in block.mixers for module in mixer.float32_parts]
+            exact = [part for mixer in block.mixers for part in mixer.float32_parts]
+            parts += [PrecisionPart(part, exact=True) for part in exact if isinstance(part, nn.Module)]
             parts.append(PrecisionPart(block, exact=False))
         return [*parts, PrecisionPart(self, exact=True)]
+
+    def cast_(self, dtype: torch.dtype) -> None:
+        """Cast the weights that need not be exact, those of the blocks; what is computed with them then is in that type too."""
+        exact = {id(parameter) for block in self.blocks for mixer in block.mixers for parameter in _exact(mixer)}
+        for parameter in self.blocks.parameters():
+            if id(parameter) not in exact:
+                parameter.data = parameter.data.to(dtype)
 
     def condition(self, labels: Tensor) -> Conditioning:
         """labels (B,) in 0 .. num_classes -> everything that depends on them alone; drop-path is drawn here while training."""
         embedding = self.class_embed(labels)  # (B, C)
-        source = self.shared_modulation(embedding) if self.config.shared_modulation else embedding
-        blocks = tuple(Modulation.from_flat(block.modulation(source), block.num_sublayers) for block in self.blocks)
+        with self._autocast():
+            source = self.shared_modulation(embedding) if self.config.shared_modulation else embedding
+            blocks = tuple(Modulation.from_flat(block.modulation(source), block.num_sublayers) for block in self.blocks)
         if self.training and self.config.drop_path > 0:
             blocks = tuple(drop_paths(gates, rate) for gates, rate in zip(blocks, self.config.drop_path_rates, strict=True))
         with torch.autocast(labels.device.type, enabled=False):
@@ -234,11 +246,12 @@ class ScaleTransformer(nn.Module, HubModel):
         """
         if states is None:
             states = tuple((None,) * len(block.mixers) for block in self.blocks)
-        x = self._embed(inputs, scales, conditioning)  # (B, L_of_scales, C)
         next_states = []
-        for block, modulation, state in zip(self.blocks, conditioning.blocks, states, strict=True):
-            x, state = block(x, modulation, scales, state)
-            next_states.append(state)
+        with self._autocast():
+            x = self._embed(inputs, scales, conditioning)  # (B, L_of_scales, C)
+            for block, modulation, state in zip(self.blocks, conditioning.blocks, states, strict=True):
+                x, state = block(x, modulation, scales, state)
+                next_states.append(state)
         return self._logits(x, conditioning), tuple(next_states)
 
     def forward(self, labels: Tensor, inputs: Tensor, first_scale: int = 0) -> Tensor:
@@ -258,6 +271,13 @@ class ScaleTransformer(nn.Module, HubModel):
         scales = range(first_scale, self.pyramid.offsets.index(length))
         logits, _ = self.advance(inputs, scales, self.condition(labels))
         return logits
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        """To the type of cast weights; where they are float32, what is around a call counts, such as a training's autocast."""
+        weight = self.blocks[0].ffn.fc1.weight
+        if weight.dtype in HALF_PRECISIONS:
+            return torch.autocast(weight.device.type, dtype=weight.dtype)
+        return contextlib.nullcontext()
 
     def _embed(self, inputs: Tensor, scales: range, conditioning: Conditioning) -> Tensor:
         tokens = self.pyramid.tokens(scales)
@@ -352,6 +372,15 @@ class ScaleTransformer(nn.Module, HubModel):
         labels, vae = [0, min(1, config.num_classes - 1)], "" if tokenizer else "--vae TOKENIZER "
         usage = USAGE.format(source=source, tokenizer=tokenizer or "TOKENIZER", labels=labels, vae=vae)
         return Facts(title, summary, rows, usage)
+
+
+def _exact(mixer: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a mixer that stay in float32."""
+    for part in mixer.float32_parts:
+        if isinstance(part, nn.Module):
+            yield from part.parameters()
+        else:
+            yield part
 
 
 def recompute_blocks_(transformer: ScaleTransformer) -> None:

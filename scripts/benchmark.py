@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from scripts.benchmarks import attention, length, memory, sampling, scan, table, tokens, training
+from scripts.benchmarks import attention, length, memory, peer, sampling, scan, table, tokens, training
 from scripts.benchmarks.config import BenchmarkConfig
 from scripts.benchmarks.formats import COMMON, Columns
 from utils import cli, evidence
@@ -31,6 +31,7 @@ MEASUREMENTS = {
     "tokens": Measurement(tokens.tokens, tokens.COLUMNS),
     "memory": Measurement(memory.memory, memory.COLUMNS),
     "sampling": Measurement(sampling.sampling, sampling.COLUMNS),
+    "peer": Measurement(peer.peer, peer.COLUMNS),
     "training": Measurement(training.training, training.COLUMNS),
     "scan": Measurement(scan.scan, scan.COLUMNS),
     "attention": Measurement(attention.attention, attention.COLUMNS),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -17,14 +18,17 @@ import torch
 from tqdm import tqdm
 
 from dist import Ranks, process_group
+from models.precision import PRECISIONS, tokenizer_in, told_of_tokens
 from models.tokenizer import VQVAE
 from utils import cli
 from utils.checkpoint import load_fitting_tokenizer
 from utils.cli import flag, required
 from utils.data import token_cache
-from utils.data.batches import batches_at
+from utils.data.batches import batches_at, val_batches, worker_count
 from utils.data.images import ImageFiles, Images, check_resize, read_folders
 from utils.data.token_cache import ARRAYS, CacheShard, Plan
+
+COMPARED_IMAGES = 16  # of which it is told how many tokens another precision changes
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,12 @@ class CacheConfig:
     hflip: bool = flag(False, "mirror half of the training views")
     resize: float = flag(1.125, "images are resized to this times their final size, then cropped", "--mid_reso")
     batch: int = flag(128, "images per forward pass, per rank")
-    workers: int = flag(0, "processes that load images, per rank")
+    workers: int | Literal["auto"] = flag("auto", "processes that load images, per rank; 0: none; auto: one less than cores")
+    precision: str = flag("float32", "of the tokenizer's encoder; others change tokens, how many is told", choices=PRECISIONS)
     seed: int = flag(0, "of crops and mirroring")
 
     def __post_init__(self):
+        object.__setattr__(self, "workers", worker_count(self.workers))
         if self.views < 1 or self.batch < 1:
             raise ValueError(f"--views={self.views}, --batch={self.batch}: give at least 1")
         if self.workers < 0 or self.seed < 0:
@@ -76,6 +82,7 @@ def make_plan(config: CacheConfig, tokenizer: VQVAE, train: ImageFiles, val: Ima
         rows=rows,
         rows_per_shard={split: token_cache.rows_per_shard(count) for split, count in rows.items()},
         listing=token_cache.listing_hash(config.data_path, train, val),
+        precision=config.precision,
     )
 
 
@@ -148,6 +155,10 @@ def encode(config: CacheConfig, ranks: Ranks) -> None:
     everything = plan.shards(*token_cache.SPLITS)
     missing = [everything[i] for i in ranks.numbers_from_main([everything.index(shard) for shard in missing])]
 
+    narrow = tokenizer_in(tokenizer, config.precision)
+    if config.precision != "float32" and ranks.is_main:
+        images, _ = next(val_batches(Images(val, plan.pixels, plan.resize), COMPARED_IMAGES))
+        print(told_of_tokens(config.precision, tokenizer, narrow, images.to(ranks.device)))
     mine = missing[ranks.rank :: ranks.world]
     total, left, share = sum(plan.rows.values()), count_rows(missing), count_rows(mine)
     splits = {
@@ -161,7 +172,7 @@ def encode(config: CacheConfig, ranks: Ranks) -> None:
         done = 0
         for split, (images, views) in splits.items():
             shards = [shard for shard in mine if shard.split == split]
-            for count in encode_shards(tokenizer, images, views, shards, out, config):
+            for count in encode_shards(narrow, images, views, shards, out, config):
                 done += count
                 # images of all ranks, the others taken to be as far as this one
                 bar.update(total - left + round(left * done / share) - bar.n)

@@ -9,7 +9,9 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +42,8 @@ class DemoConfig:
     """Flags of scripts/demo.py."""
 
     out: str = flag("out/demo", "directory of everything made")
-    tokenizer_minutes: float = flag(4.0, "training time of the tokenizer")
-    transformer_minutes: float = flag(3.5, "training time of the transformer")
+    tokenizer_minutes: float = flag(2.8, "training time of the tokenizer, all of it")
+    transformer_minutes: float = flag(4.5, "training time of the transformer, and beside it of the tokenizer's decoder alone")
 
 
 def precision() -> int:
@@ -68,6 +70,44 @@ def run(title: str, *command: str | Path) -> None:
     status = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
     if status:
         raise ValueError(f"{words[0]} ended with exit code {status}: see its message above")
+
+
+def run_together(title: str, commands: dict[str, tuple[str | Path, ...]]) -> None:
+    """Run commands side by side, each with its share of the threads; lines of their output begin with the command's name.
+
+    Where one fails the others are stopped, and the demo ends.
+    """
+    print(f"\n--- {title}", flush=True)
+    threads = max(torch.get_num_threads() // len(commands), 1)
+    processes, readers = {}, []
+    for name, command in commands.items():
+        words = [str(word) for word in command]
+        print(f"    python {' '.join(words)}", flush=True)
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+        process = subprocess.Popen([sys.executable, *words], env=os.environ | {"OMP_NUM_THREADS": str(threads)}, **options)
+        processes[name] = process
+        readers.append(threading.Thread(target=show, args=(name, process.stdout)))
+        readers[-1].start()
+    try:
+        while not (failed := [name for name, process in processes.items() if process.poll()]):
+            if all(process.poll() is not None for process in processes.values()):
+                break
+            time.sleep(0.2)
+    finally:
+        for process in processes.values():
+            process.terminate()  # nothing where it has ended
+            process.wait()
+        for reader in readers:
+            reader.join()
+    if failed:
+        status = processes[failed[0]].returncode
+        raise ValueError(f"{commands[failed[0]][0]} ended with exit code {status}: see its message above")
+
+
+def show(name: str, lines: Iterable[str]) -> None:
+    """Print lines as they come, each behind a name."""
+    for line in lines:
+        print(f"{name} | {line.rstrip()}", flush=True)
 
 
 def unigram_entropy(train: TokenCache, val: TokenCache) -> float:
@@ -143,11 +183,17 @@ def draw_reconstructions(images: Path, tokenizer_run: Path, out: Path) -> None:
     plots.grid(rows, ["held out", "decoded"]).save(out)
 
 
-def draw_curves(tokenizer_run: Path, transformer_run: Path, entropy: float, out: Path) -> None:
-    def line(run: Path, name: str) -> list[tuple[int, float]]:
-        return [(entry["step"], entry[name]) for entry in read_metrics(run) if name in entry]
+def draw_curves(tokenizer_runs: tuple[Path, Path], transformer_run: Path, entropy: float, out: Path) -> None:
+    """tokenizer_runs: of all of it, and then of its decoder."""
 
-    quality = {"training batch": line(tokenizer_run, "psnr"), "held out": line(tokenizer_run, "val_psnr")}
+    def line(run: Path, name: str, first: int = 0) -> list[tuple[int, float]]:
+        return [(first + entry["step"], entry[name]) for entry in read_metrics(run) if name in entry]
+
+    start = read_metrics(tokenizer_runs[0])[-1]["step"]
+    quality = {
+        title: line(tokenizer_runs[0], name) + line(tokenizer_runs[1], name, start)
+        for title, name in (("training batch", "psnr"), ("held out", "val_psnr"))
+    }
     losses = {"training batch": line(transformer_run, "loss"), "held out": line(transformer_run, "val_loss")}
     panels = [
         {"title": "tokenizer", "x": "step", "y": "PSNR (dB)", "lines": quality},
@@ -170,7 +216,7 @@ Done in {metrics["minutes"]:.1f} minutes. In {out}/:
   samples.png          generated images, a row per class
   scales.png           images building up from 1x1 to 4x4 token maps
   curves.png           training curves
-  metrics.json         all figures; tokenizer/ and transformer/ hold the checkpoints
+  metrics.json         all figures; tokenizer/, refined/ and transformer/ hold the checkpoints
 
 What the figures mean:
   validation loss      {metrics["val_loss"]:.3f} nats per token; the frequencies of the codes alone give {metrics["unigram_entropy"]:.3f}
@@ -189,23 +235,18 @@ def main() -> None:
     config = cli.parse(DemoConfig, __doc__)
     start = time.monotonic()
     out = Path(config.out)
-    images, tokenizer, tokens, transformer = (out / name for name in ("images", "tokenizer", "tokens", "transformer"))
+    names = ("images", "tokenizer", "tokens", "refined", "transformer")
+    images, tokenizer, tokens, refined, transformer = (out / name for name in names)
     fp16 = precision()
     print(f"writing the embedded images ({len(FASHION_MNIST_CLASSES)} classes) to {images}")
     export_fashion_mnist(images)
 
+    train_tokenizer = ("scripts/train_tokenizer.py", "--data_path", images, "--preset=f8-32", "--resize=1", "--bs=16")
+    # validated at the end alone, as validations take their time from training
+    train_tokenizer += ("--lr=1.5e-3", "--log_every=50", "--save_every=1000", "--val_every=1000000", f"--fp16={fp16}")
     run(
         "1/5 training the tokenizer: images <-> 1+4+9+16 tokens",
-        *("scripts/train_tokenizer.py", "--data_path", images, "--out", tokenizer, "--preset", "f8-32"),
-        *(
-            "--resize=1",
-            "--bs=16",
-            "--log_every=50",
-            "--save_every=1000",
-            "--val_every=1000000",  # at the end alone, as validations take their time from training
-            f"--max_minutes={config.tokenizer_minutes}",
-            f"--fp16={fp16}",
-        ),
+        *(*train_tokenizer, "--out", tokenizer, "--gan=0", f"--max_minutes={config.tokenizer_minutes}"),
     )
     if not (tokens / "manifest.json").exists():
         run(
@@ -213,31 +254,27 @@ def main() -> None:
             *("scripts/cache_tokens.py", "--vae", tokenizer, "--data_path", images, "--out", tokens),
             *("--resize=1", "--center_crop"),
         )
-    run(
-        "3/5 training M-VAR on the tokens",
-        *("train.py", "--token_cache", tokens, "--local_out_dir_path", transformer),
-        *("--depth=6", "--width=192", "--heads=3", "--bs=64", "--tblr=4e-3", "--alng=1e-2", "--wpe=0.01"),
-        *(
-            "--ema=0.99",
-            "--val_every=75",
-            "--save_every=75",
-            f"--max_minutes={config.transformer_minutes}",
-            f"--fp16={fp16}",
-            "--seed=0",
-        ),
-    )
-    sampling = ("sample.py", "--ckpt", transformer, "--overwrite", "--cfg=1.5", "--top_k=0", "--top_p=0.96", "--seed=1")
+    minutes = f"--max_minutes={config.transformer_minutes}"
+    train = ("train.py", "--token_cache", tokens, "--local_out_dir_path", transformer, minutes)
+    train += ("--depth=6", "--width=192", "--heads=3", "--bs=32", "--tblr=8e-3", "--alng=1e-2", "--wpe=0.01")
+    train += ("--ema=0.99", "--val_every=150", "--save_every=150", f"--fp16={fp16}", "--seed=0")
+    # tokens stay what they are while the decoder learns, so both can be trained at the same time
+    refine = (*train_tokenizer, "--out", refined, "--refine", tokenizer, minutes)
+    refine += ("--lr_end=0.01", "--gan=0.018")
+    run_together("3/5 training M-VAR on the tokens, and the tokenizer's decoder", {"M-VAR": train, "decoder": refine})
+    sampling = ("sample.py", "--ckpt", transformer, "--vae", refined, "--overwrite", "--seed=1")
+    sampling += ("--cfg=1.5", "--top_k=0", "--top_p=0.96")
     samples = out / "samples.npz"
     run("4/5 sampling", *sampling, "--format=npz", f"--num={NUM_SAMPLES}", "--batch=100", "--out", samples)
     run("5/5 pictures", *sampling, "--format=grid", "--out", out / "samples.png")
     run("5/5 pictures", *sampling, "--format=scales", "--out", out / "scales.png")
 
-    draw_reconstructions(images, tokenizer, out / "reconstructions.png")
+    draw_reconstructions(images, refined, out / "reconstructions.png")
     entropy = unigram_entropy(TokenCache(tokens, "train"), TokenCache(tokens, "val"))
-    draw_curves(tokenizer, transformer, entropy, out / "curves.png")
-    last = {name: value for run_ in (tokenizer, transformer) for name, value in read_metrics(run_)[-1].items()}
+    draw_curves((tokenizer, refined), transformer, entropy, out / "curves.png")
+    last = {name: value for run_ in (refined, transformer) for name, value in read_metrics(run_)[-1].items()}
     metrics = {name: last[name] for name in ("val_loss", "val_loss_last", "val_accuracy", "val_accuracy_last", "val_psnr")}
-    metrics |= {"unigram_entropy": entropy, **judge_samples(images, samples), **distances(images, tokenizer, samples)}
+    metrics |= {"unigram_entropy": entropy, **judge_samples(images, samples), **distances(images, refined, samples)}
     figures = out / "metrics.json"
     earlier = json.loads(figures.read_text())["minutes"] if figures.exists() else 0.0
     metrics["minutes"] = max((time.monotonic() - start) / 60, earlier)  # a second run finds everything done

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from dist import Ranks, process_group
+from models.precision import PRECISIONS, tokenizer_in
 from models.storage import weights_hash
 from utils import cli, evidence, plots
 from utils.checkpoint import load_tokenizer
@@ -97,6 +98,9 @@ class ReconstructionConfig:
     )
     extractor: str = flag("inception", EXTRACTOR_HELP, choices=tuple(EXTRACTORS))
     weights: str = flag("", "file of its weights; empty: those it comes with")
+    precision: str = flag(
+        "float32", "of the tokenizer: others are faster, and their scores are of themselves", choices=PRECISIONS
+    )
     batch: int = flag(0, BATCH_HELP)
     json: str = flag("", "also write the scores, with all settings, to this file")
     out: str = flag("", "also write a picture to this file: some images above what is made of them")
@@ -282,6 +286,8 @@ def reconstruction(config: ReconstructionConfig, ranks: Ranks) -> None:
         reason = f"--num={config.num} needs" if config.num else "a covariance needs"
         check_count(whole.source, whole.count, config.num or 2, reason)
         tokenizer = load_tokenizer(config.vae).to(ranks.device)
+        fingerprint = weights_hash(tokenizer)
+        tokenizer = tokenizer_in(tokenizer, config.precision, config.precision)
         images = FittedImages(whole, *tokenizer.config.image_shape)
     extractor = load(config, ranks)
     lpips, lacking = None, f"needs {LPIPS_SIDE}x{LPIPS_SIDE} pixels"
@@ -313,7 +319,7 @@ def reconstruction(config: ReconstructionConfig, ranks: Ranks) -> None:
         plots.grid(list(quality.pairs), ["original", "reconstruction"]).save(config.out)
     figures = {
         "pixels": [images.height, images.width],
-        "tokenizer": {"weights_sha256": weights_hash(tokenizer), "num_codes": tokenizer.config.num_codes},
+        "tokenizer": {"weights_sha256": fingerprint, "num_codes": tokenizer.config.num_codes},
         "scores": scores,
         "codes": codes,
         "notes": [*notes, *(f"{name} {lacks[name]}" for name, value in scores.items() if value is None)],

@@ -70,7 +70,5 @@ def test_sampling_is_a_row_for_every_part(monkeypatch, capsys, tmp_path):
     for row in rows:
         assert row["ratio"] == pytest.approx(row["released_seconds"] / row["ours_seconds"])
         assert row["sampled_per_second"] == pytest.approx(row["batch"] / row["ours_seconds"])
-        assert (row["psnr"] is not None) == (row["part"] == "decoder")
-    assert rows[1]["psnr"] > 35
     assert shown.startswith("# Sampling\n")
     assert len([line for line in shown.splitlines() if line.startswith("| d1 |")]) == 5

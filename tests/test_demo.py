@@ -1,4 +1,5 @@
 import json
+import time
 
 import numpy as np
 import pytest
@@ -54,6 +55,19 @@ def test_a_failing_step_ends_the_demo_with_its_name(demo, tmp_path, monkeypatch,
     code, _, errors = run_in_process(demo.main, ["--out", tmp_path], monkeypatch, capsys)
     assert code == 1
     assert "scripts/train_tokenizer.py ended with exit code 1" in errors
+
+
+def test_commands_side_by_side_are_told_apart(demo, capsys):
+    demo.run_together("two", {"one": ("-c", "print('first')"), "other": ("-c", "print('second')")})
+    lines = capsys.readouterr().out.splitlines()
+    assert {"one | first", "other | second"} <= set(lines)
+
+
+def test_one_that_fails_stops_the_other(demo):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="-c ended with exit code 3: see its message above"):
+        demo.run_together("two", {"one": ("-c", "import time; time.sleep(60)"), "other": ("-c", "raise SystemExit(3)")})
+    assert time.monotonic() - start < 30
 
 
 def test_the_whole_demo_runs_and_writes_everything(demo, tmp_path, monkeypatch, capsys):

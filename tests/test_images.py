@@ -3,7 +3,8 @@ import pytest
 import torch
 from commands import CLASSES, make_images
 
-from utils.data.batches import TrainOrder, in_order, train_batches, val_batches
+from utils.data import batches
+from utils.data.batches import TrainOrder, in_order, train_batches, val_batches, worker_count
 from utils.data.fashion_mnist import FASHION_MNIST_CLASSES, export_fashion_mnist, read_fashion_mnist
 from utils.data.images import Images, read_folders
 
@@ -91,6 +92,18 @@ def test_workers_load_the_same_batches(tmp_path):
     images, order = Images(train, 16, augment=True), TrainOrder(len(train.paths), 4, seed=0)
     alone, helped = (list(train_batches(images, order, 0, 4, workers)) for workers in (0, 2))
     assert all(torch.equal(one[0], two[0]) for one, two in zip(alone, helped, strict=True))
+
+
+def test_as_many_workers_as_the_ranks_of_a_machine_leave_cores(monkeypatch):
+    monkeypatch.setattr(batches.os, "sched_getaffinity", lambda process: range(24), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert worker_count("auto") == 5
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert worker_count("auto") == 16
+    assert worker_count(0) == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert worker_count("auto") == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])

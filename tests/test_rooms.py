@@ -26,7 +26,7 @@ ROOMS = {
 }
 ALLOWED = {
     "checks": {"loading", "runs", "metrics", "data", "utils", "models"},
-    "benchmarks": {"commands", "trainer", "runs", "metrics", "data", "dist", "utils", "models"},
+    "benchmarks": {"commands", "trainer", "loading", "runs", "data", "dist", "utils", "models"},
     "commands": {"trainer", "loading", "losses", "runs", "metrics", "data", "dist", "utils", "models"},
     "trainer": {"runs", "data", "dist", "utils"},
     "loading": {"runs", "models"},

@@ -10,6 +10,7 @@ from golden_weights import tokenizer_weights, transformer_weights
 from PIL import Image
 
 import sample
+from models.precision import Precision
 from models.transformer import build_transformer
 from utils.checkpoint import Description, load_tokenizer, load_transformer, save_model
 from utils.files import written_aside
@@ -30,6 +31,7 @@ def checkpoint(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
+    monkeypatch.setattr(sample, "fastest", lambda *models: Precision())  # what is measured on a busy machine may change
     return lambda *arguments: run_in_process(sample.main, list(arguments), monkeypatch, capsys)
 
 
@@ -68,9 +70,11 @@ def dump_flags(out, *flags) -> list:
     return ["--out", out, "--format=npz", "--num_images=200", "--seed=3", *flags]
 
 
-def test_a_dump_is_the_same_however_it_was_made(checkpoint, tmp_path, command, monkeypatch):
-    """By one rank in batches of 50, and by two in batches of 32 after a run that was interrupted."""
-    assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "one.npz", "--batch=50"))[0] == 0
+@pytest.mark.parametrize("precision", ["float32", "bfloat16,float32"])
+def test_a_dump_is_the_same_however_it_was_made(precision, checkpoint, tmp_path, command, monkeypatch):
+    """By one rank in batches of 50, and by two in batches of 32 after a run that was interrupted, in the precision of that."""
+    begun = f"--precision={precision}"
+    assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "one.npz", "--batch=50", begun))[0] == 0
     usual, written = sample.Dump.write, []
 
     def write_five(dump, cohort, images):
@@ -81,7 +85,7 @@ def test_a_dump_is_the_same_however_it_was_made(checkpoint, tmp_path, command, m
 
     with monkeypatch.context() as patch:
         patch.setattr(sample.Dump, "write", write_five)
-        assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "two.npz", "--batch=32"))[0] == 1
+        assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "two.npz", "--batch=32", begun))[0] == 1
     assert not (tmp_path / "two.npz").exists()
     result = run_in_shell("sample.py", "--ckpt", checkpoint, *dump_flags(tmp_path / "two.npz", "--batch=32"), ranks=2)
     assert result.returncode == 0, result.stderr
@@ -95,6 +99,7 @@ def test_a_dump_is_the_same_however_it_was_made(checkpoint, tmp_path, command, m
     assert len(settings["transformer_sha256"]) == 64
     assert "rounded to nearest" in settings["uint8"]
     assert settings["scan_backend"] == "torch"  # the one used, not auto
+    assert settings["precision"] == precision
 
 
 def test_an_image_depends_on_seed_and_number_alone(checkpoint, tmp_path, command):
@@ -118,6 +123,9 @@ def test_an_unfinished_dump_of_other_settings_is_refused(checkpoint, tmp_path, c
     code, _, errors = command("--ckpt", checkpoint, *dump_flags(tmp_path / "s.npz", "--cfg=3"))
     assert code == 1
     assert "an unfinished dump with cfg 1.5 is there, this command has 3.0" in errors
+    code, _, errors = command("--ckpt", checkpoint, *dump_flags(tmp_path / "s.npz", "--precision=bfloat16"))
+    assert code == 1
+    assert "an unfinished dump with precision float32 is there, this command has bfloat16" in errors
     assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "s.npz"))[0] == 0
 
 
@@ -244,6 +252,18 @@ def test_sampling_as_a_command_of_its_own(checkpoint, tmp_path):
     assert (tmp_path / "grid.png").exists()
 
 
+def test_the_precision_is_told_and_what_auto_chooses_is_one(checkpoint, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(sample, "fastest", lambda *models: Precision("bfloat16", "float32"))
+    flags = ["--ckpt", checkpoint, "--format=npz", "--num=3"]
+    code, _, errors = command(*flags, "--out", tmp_path / "auto.npz")
+    assert code == 0
+    assert "precision: transformer bfloat16, decoder float32" in errors
+    assert command(*flags, "--out", tmp_path / "given.npz", "--precision=bfloat16,float32")[0] == 0
+    assert (tmp_path / "auto.npz").read_bytes() == (tmp_path / "given.npz").read_bytes()
+    assert command(*flags, "--out", tmp_path / "wide.npz", "--precision=float32")[0] == 0
+    assert (tmp_path / "auto.npz").read_bytes() != (tmp_path / "wide.npz").read_bytes()
+
+
 def test_released_files_are_sampled_too(tmp_path, command):
     torch.save({"trainer": {"mvar_wo_ddp": transformer_weights("mvar_tiny")}}, tmp_path / "mvar.pth")
     torch.save(tokenizer_weights("1234_qsr4"), tmp_path / "vae.pth")
@@ -305,6 +325,8 @@ def test_an_overwritten_folder_keeps_no_older_images(checkpoint, tmp_path, comma
         (["--top_k=1.5"], "--top_k=1.5: give a whole number"),
         (["--cfg=1.5,1.5"], "has a value twice"),
         (["--batch=0"], "--batch=0"),
+        (["--precision=half"], "precision 'half': give one of float32, tf32, bfloat16, float16"),
+        (["--precision=tf32,float32"], "tf32 is a setting of the whole process"),
         (["--format=gif"], "invalid choice: 'gif'"),
         (["--out=/tmp/picture"], "writes a picture: give a name that ends in .png"),
         (["--out=/tmp", "--format=npz"], "/tmp: is a directory"),

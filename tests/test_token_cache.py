@@ -293,6 +293,7 @@ def unfinished(command, encoder, small_shards, tmp_path, capsys):
         (["--views=2", "--hflip", "--center_crop"], "with augment True is there, this command has False"),
         (["--views=2", "--resize=1.5"], "with resize 1.125 is there, this command has 1.5"),
         (["--views=2", "--seed=1"], "with seed 0 is there, this command has 1"),
+        (["--views=2", "--precision=bfloat16"], "with precision float32 is there, this command has bfloat16"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -516,14 +517,19 @@ def test_rows_outside_the_cache_are_an_error(index, tmp_path):
 # --- training from it ---------------------------------------------------------------------------------------------------
 
 
-def test_training_from_the_cache_is_training_from_the_same_crops(cache, images, tokenizer, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_from_the_cache_is_training_from_the_same_crops(
+    precision, cache, images, tokenizer, tmp_path, monkeypatch, capsys
+):
     """Square images resized to their final size are not cut, so both ways see the same tokens."""
     flags = [*SMALL, "--max_steps=2"]
-    folder = ["--vae", tokenizer, "--data_path", images, "--mid_reso=1"]
-    for name, source in (("folder", folder), ("cache", ["--token_cache", cache("--center_crop", "--resize=1")])):
+    folder = ["--vae", tokenizer, "--data_path", images, "--mid_reso=1", f"--vae_precision={precision}"]
+    stored = cache("--center_crop", "--resize=1", f"--precision={precision}")
+    for name, source in (("folder", folder), ("cache", ["--token_cache", stored])):
         words = [*flags, *source, "--local_out_dir_path", tmp_path / name]
-        code, _, errors = run_in_process(train.main, words, monkeypatch, capsys)
+        code, output, errors = run_in_process(train.main, words, monkeypatch, capsys)
         assert code == 0, errors
+        assert ("tokens in bfloat16: " in output) == (precision == "bfloat16" and name == "folder")
     first, second = (load_transformer(tmp_path / name, ema=False) for name in ("folder", "cache"))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert read_metrics(tmp_path / "folder")[-1]["val_loss"] == read_metrics(tmp_path / "cache")[-1]["val_loss"]

@@ -68,7 +68,7 @@ def test_released_commands_parse_to_the_released_values(flags, expected):
 def test_defaults_are_the_released_ones():
     released = {"depth": 16, "bs": 768, "ep": 250, "tblr": 1e-4, "twd": 0.05, "twde": 0, "tclip": 2, "ls": 0, "wp": 0}
     released |= {"wp0": 0.005, "wpe": 0.01, "sche": "lin0", "alng": 1e-5, "aln": 0.5, "hd": 0.02, "ini": -1, "fp16": 0}
-    released |= {"ac": 1, "saln": False, "anorm": True, "hflip": False, "mid_reso": 1.125, "workers": 0, "tfast": 0}
+    released |= {"ac": 1, "saln": False, "anorm": True, "hflip": False, "mid_reso": 1.125, "tfast": 0}
     released |= {"pg": 0, "pg0": 4, "pgwp": 0, "seed": None}
     config = TrainConfig()
     assert {name: getattr(config, name) for name in released} == released

@@ -1,5 +1,7 @@
 """The trainer called directly, in this process: steps, evaluation, precision, groups of scales."""
 
+import time
+
 import pytest
 import torch
 from commands import live_saved_bytes
@@ -355,6 +357,24 @@ def test_recomputation_takes_the_same_step_with_less_memory(images, tokenizer, t
         weights.append(torch.cat([p.flatten() for p in trainer.state.model.parameters()]))
     assert torch.equal(*weights)
     assert peaks[1] < 0.6 * peaks[0]
+
+
+def test_a_run_that_waits_for_its_data_is_told_once(images, tokenizer, tmp_path, monkeypatch):
+    trainer = small_trainer(images, tokenizer, tmp_path, max_steps=5, log_every=1)
+    usual = trainer.task.data.train_batches
+
+    def slowly(*arguments):
+        for batch in usual(*arguments):
+            time.sleep(1)
+            yield batch
+
+    monkeypatch.setattr(trainer.task.data, "train_batches", slowly)
+    trainer.fit()
+    waited = [entry["data_wait"] for entry in read_metrics(tmp_path) if "data_wait" in entry]
+    assert len(waited) == 5
+    assert all(0.1 < share <= 1 for share in waited)
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("of the time went by in waiting for data: give more --workers") == 1
 
 
 def test_every_figure_of_a_step_and_of_a_validation_is_logged(images, tokenizer, tmp_path):

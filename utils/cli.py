@@ -7,7 +7,7 @@ import sys
 import traceback
 import typing
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -71,7 +71,7 @@ def parse(
         if kind is bool:  # --flag, --flag=1 and --flag=True are all in use
             options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "0|1"}
         else:
-            options |= {"type": kind, "choices": field.metadata["choices"]}
+            options |= {"type": _or_word(kind, types[field.name]), "choices": field.metadata["choices"]}
         parser.add_argument(*names, **options)
     try:
         values = vars(parser.parse_args(arguments))
@@ -84,8 +84,23 @@ def parse(
 
 
 def _plain_type(annotation: Any) -> type:
-    """int of int, of int | None and of tuple[int, ...]."""
+    """int of int, of int | None, of int | Literal["auto"] and of tuple[int, ...]."""
     return next((part for part in typing.get_args(annotation) if part is not type(None)), annotation)
+
+
+def _or_word(kind: type, annotation: Any) -> Callable[[str], Any]:
+    """What reads a value of this kind, or one of the words of a Literal beside it."""
+    words = [
+        word for part in typing.get_args(annotation) if typing.get_origin(part) is Literal for word in typing.get_args(part)
+    ]
+    if not words:
+        return kind
+
+    def read(text: str) -> Any:
+        return text if text in words else kind(text)
+
+    read.__name__ = f"{kind.__name__} or {' or '.join(words)}"  # for argparse's message
+    return read
 
 
 def _boolean(text: str) -> bool:

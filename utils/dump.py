@@ -17,6 +17,8 @@ from PIL import Image
 
 from utils.files import replace_text
 
+PLAN = "plan.json"
+
 
 @dataclass(frozen=True)
 class Dump:
@@ -34,7 +36,7 @@ class Dump:
     @property
     def parts(self) -> Path:
         """The directory of what is not finished."""
-        return self.out.with_name(f".{self.out.name}.parts")
+        return _parts_beside(self.out)
 
     @property
     def is_npz(self) -> bool:
@@ -54,7 +56,7 @@ class Dump:
 
     def begin(self) -> None:
         """Note what is being made. ValueError, and nothing changed, where something else was begun there."""
-        plan = self.parts / "plan.json"
+        plan = self.parts / PLAN
         if plan.exists():
             other = self._other(json.loads(plan.read_text()))
             if other:
@@ -135,6 +137,16 @@ def finished_settings(out: Path) -> dict | None:
             return json.loads(str(archive["settings"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
+
+
+def begun_settings(out: Path) -> dict | None:
+    """The settings of a dump that is there, unfinished or finished; None where there is none, or one of other code."""
+    plan = _parts_beside(out) / PLAN
+    return json.loads(plan.read_text()) if plan.exists() else finished_settings(out)
+
+
+def _parts_beside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.parts")
 
 
 def _settings_beside(folder: Path) -> Path:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from models.families import FAMILIES
 from models.pyramid import Pyramid
 from models.scan_backends import SCAN_BACKENDS
@@ -16,6 +18,7 @@ DEFAULTS: dict[str, dict] = {
     "tokens": {"batch": 768},
     "memory": {"depth": "12,16,20,24,30,32"},
     "sampling": {"batch": 4},
+    "peer": {"depth": "12,16"},
     "training": {"batch": 16},
     "scan": {"depth": "12,16,24", "batch": 8, "pn": "256,512"},
     "table": {
@@ -35,12 +38,17 @@ class BenchmarkConfig:
     depth: str | None = flag(None, "memory, sampling, training, scan, table: depths, comma-separated")
     pn: str | None = flag(None, "sampling, training, scan, table: pyramids, as in train.py, comma-separated", "--pixels")
     tfast: str = flag("0,3", "training: modes of compilation, as in train.py, comma-separated")
-    precision: str = flag("", "training; empty: bfloat16 on GPUs, else float32", choices=("", "float32", "float16", "bfloat16"))
+    precision: str = flag(
+        "", "sampling, training; empty: bfloat16 on GPUs, else float32", choices=("", "float32", "float16", "bfloat16")
+    )
     scan_backend: str = flag("auto", "training: as in train.py", choices=SCAN_BACKENDS)
     real: bool = flag(False, "memory: compute on this machine, which takes the memory and the time, instead of imitating a GPU")
     sides: str = flag("13,16,18,24,32,48,64", "attention: sides of maps, comma-separated")
     heads: str = flag("4,12", "attention: numbers of heads, comma-separated")
     batch: int | None = flag(None, "images per batch")
+    batches: str = flag("1,4", "peer: images per batch, comma-separated")
+    threads: str = flag("1,2", "peer: numbers of threads, comma-separated")
+    checkout: str = flag("", "peer: directory of a checkout of FoundationVision/VAR")
     rows: int = flag(1 << 17, "tokens: images in the cache that is made for it")
     repeats: int = flag(7, f"the median of so many measurements, tokens: of {BATCHES_PER_REPEAT} batches")
     json: str = flag("", "file to store the figures in, with command, machine, versions and commit")
@@ -55,7 +63,7 @@ class BenchmarkConfig:
             raise ValueError(f"--family={self.family}: no {', '.join(unknown)}: give some of {','.join(FAMILIES)}")
         if not all(depth.isdigit() and int(depth) > 0 for depth in self.depth.split(",")):
             raise ValueError(f"--depth={self.depth}: give numbers of blocks such as 12,16")
-        for name in ("sides", "heads"):
+        for name in ("sides", "heads", "batches", "threads"):
             if not all(number.isdigit() and int(number) > 0 for number in getattr(self, name).split(",")):
                 raise ValueError(f"--{name}={getattr(self, name)}: give numbers such as {getattr(BenchmarkConfig, name)}")
         for name in ("batch", "rows", "repeats"):
@@ -73,6 +81,10 @@ class BenchmarkConfig:
     @property
     def depths(self) -> list[int]:
         return self.numbers("depth")
+
+    def precision_on(self, device: torch.device) -> str:
+        """That of --precision, or what suits the device."""
+        return self.precision or ("bfloat16" if device.type == "cuda" else "float32")
 
     def numbers(self, name: str) -> list[int]:
         return [int(number) for number in getattr(self, name).split(",")]

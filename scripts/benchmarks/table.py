@@ -91,7 +91,7 @@ def table(config: BenchmarkConfig) -> list[dict]:
 
 
 def sampled(config: BenchmarkConfig, device: torch.device, depth: int, family: str, published: Published | None) -> dict:
-    ways = Ways(*random_models(family, depth, config.pyramids[0], device), config.batch)
+    ways = Ways(*random_models(family, depth, config.pyramids[0], device), config.batch, config.precision_on(device))
     result = measure({"whole": ways.ours_whole}, config.repeats, device)["whole"]
     return {
         "sampling_seconds": result.seconds,

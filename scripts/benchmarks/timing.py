@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -32,6 +33,37 @@ def measure(calls: dict[str, Callable[[], object]], repeats: int, device: torch.
     return {
         name: Measured(median(times), (max(times) - min(times)) / median(times), peaks[name]) for name, times in seconds.items()
     }
+
+
+def timed(call: Callable[[], object], device: torch.device) -> tuple[float, int | None, object]:
+    """Seconds of one call, the most memory that it took beyond what was there, and what it returned.
+
+    Memory is that of the GPU, or of this process where Linux tells; else None.
+    """
+    wait(device)
+    before = _memory(device, begin=True)
+    start = time.perf_counter()
+    result = call()
+    wait(device)
+    seconds = time.perf_counter() - start
+    after = _memory(device, begin=False)
+    return seconds, None if before is None or after is None else after - before, result
+
+
+def _memory(device: torch.device, begin: bool) -> int | None:
+    """Bytes in use now, from which on the largest is looked for; or that largest."""
+    if device.type == "cuda":
+        if begin:
+            torch.cuda.reset_peak_memory_stats(device)
+            return torch.cuda.memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        if begin:
+            Path("/proc/self/clear_refs").write_text("5")  # the largest begins anew
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return 1024 * int(status["VmRSS" if begin else "VmHWM"].split()[0])
+    except (OSError, KeyError):
+        return None
 
 
 def wait(device: torch.device) -> None:

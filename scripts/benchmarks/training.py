@@ -65,7 +65,7 @@ def training(config: BenchmarkConfig) -> list[dict]:
 
 
 def training_row(config: BenchmarkConfig, device: torch.device, run: str, depth: int, family: str, tfast: int) -> dict:
-    precision = config.precision or ("bfloat16" if device.type == "cuda" else "float32")
+    precision = config.precision_on(device)
     flags = {"family": family, "depth": depth, "bs": config.batch, "tfast": tfast, "scan_backend": config.scan_backend}
     fp16 = {"float32": 0, "float16": 1, "bfloat16": 2}[precision]
     trainer = build_trainer(TrainConfig(fp16=fp16, seed=0, local_out_dir_path=run, **flags), config.pyramids[0], device)

@@ -109,7 +109,7 @@ def train(config: Ablation, name: str, seed: int, images: Path, directory: Path)
     first = directory.with_name(f"{directory.name}_first")
     steps = config.steps * 2 // 3
     run(*command, "--out", first, f"--max_steps={steps}", "--gan=0")
-    run(*command, "--out", directory, f"--max_steps={config.steps - steps}", "--refine", first, "--lr=5e-4")
+    run(*command, "--out", directory, f"--max_steps={config.steps - steps}", "--refine", first, "--lr=1e-3", "--lr_end=0.01")
 
 
 def sample(config: Ablation, seed: int, images: Path, directory: Path) -> tuple[Path, Path]:

@@ -1,8 +1,11 @@
 """Which images or tokens each step and rank gets, a function of (seed, step) alone, and images loaded in that order."""
 
 import functools
+import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from utils.data.images import Images
 from utils.signals import ignore_requests
+
+MOST_WORKERS = 16  # of one rank, where their number is not given
 
 
 def _collate(items: list) -> tuple[Tensor, Tensor] | ValueError:
@@ -79,6 +84,19 @@ class _Batches(torch.utils.data.Sampler):
             yield list(zip(positions.tolist(), indices.tolist(), strict=True))
 
 
+def worker_count(workers: int | Literal["auto"]) -> int:
+    """Processes that load images for a rank; auto: the cores of this machine shared out over its ranks, less one for each rank.
+
+    Without a GPU auto is none: there the model needs the cores.
+    """
+    if workers != "auto":
+        return workers
+    if not torch.cuda.is_available():
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 0), MOST_WORKERS)
+
+
 def _leave_signals_to_the_trainer(worker: int) -> None:
     ignore_requests()
 
@@ -112,6 +130,23 @@ def train_batches(
 def val_batches(images: Images, batch: int, rank: int = 0, world: int = 1, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's part of a split, each image once."""
     return batches_at(images, ((mine, mine) for mine in in_order(len(images), batch, rank, world)), workers)
+
+
+class Timed:
+    """Batches as they come; `seconds` were spent waiting for them so far."""
+
+    def __init__(self, batches: Iterator[tuple[Tensor, Tensor]]):
+        self.batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> "Timed":
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        start = time.monotonic()
+        try:
+            return next(self.batches)
+        finally:
+            self.seconds += time.monotonic() - start
 
 
 def in_order(size: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:

@@ -20,6 +20,7 @@ class Data(Protocol):
     size: int  # training images
     val_size: int  # held-out images
     views: int  # stored encodings of each
+    mend: str  # of batches that come too slowly
 
     def train_batches(self, order: TrainOrder, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]: ...
 
@@ -34,6 +35,7 @@ class FolderData:
     """
 
     views = 1
+    mend = "give more --workers, or let a transformer train on tokens made once (scripts/cache_tokens.py)"
 
     def __init__(self, root: str | Path, pixels: int, resize: float, flip: bool, seed: int, workers: int):
         train, val = read_folders(root)
@@ -54,6 +56,8 @@ class CachedData:
 
     tokenizer: the one that they were made with. ValueError for another one, or for another pyramid than is wanted.
     """
+
+    mend = "put the cache on a faster disk"
 
     def __init__(self, directory: str | Path, tokenizer: VQVAE, wanted: Pyramid | None = None):
         self.train, self.val = (TokenCache(directory, split) for split in ("train", "val"))

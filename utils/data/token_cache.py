@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ class Plan:
     sides, num_codes: of the tokenizer; tokenizer: where it came from; fingerprint: hash of its weights. pixels, resize,
     augment, flip, seed: how images are prepared (resized to resize * pixels, then cut out; validation images always from the
     middle); views: encodings per training image, one after another. rows, rows_per_shard: by split. listing: SHA-256 of file
-    names and labels.
+    names and labels. precision: that of the tokenizer's encoder.
     """
 
     sides: list
@@ -72,6 +72,8 @@ class Plan:
     rows: dict[str, int]
     rows_per_shard: dict[str, int]
     listing: str
+    _: KW_ONLY
+    precision: str = "float32"
 
     @property
     def pyramid(self) -> Pyramid:

@@ -4,13 +4,16 @@ The recipes are those of the released trainers of VAR (arXiv 2404.02905) and M-V
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from models.families import FAMILIES
+from models.precision import PRECISIONS
 from models.pyramid import Pyramid
 from models.scan_backends import SCAN_BACKENDS
 from models.tokenizer import VQVAE
 from models.transformer import TransformerConfig, family_config
 from utils.cli import flag
+from utils.data.batches import worker_count
 from utils.data.images import check_resize
 
 SCHEDULES = ("lin0", "lin00", "lin", "cos", "exp")
@@ -40,7 +43,12 @@ class TrainConfig:
     token_cache: str = flag("", "directory made by scripts/cache_tokens.py, to train from instead of --data_path")
     mid_reso: float = flag(1.125, "images are resized to this times their final size, then cropped", "--resize")
     hflip: bool = flag(False, "mirror half of the training images")
-    workers: int = flag(0, "processes that load images, per rank; 0: none beside the training process")
+    vae_precision: str = flag(
+        "float32",
+        "of the tokenizer's encoder when training from images: others are faster and change tokens, how many is told",
+        choices=PRECISIONS,
+    )
+    workers: int | Literal["auto"] = flag("auto", "processes that load images, per rank; 0: none; auto: one less than cores")
     # initialisation
     ini: float = flag(-1.0, "std of the initial weights, negative: sqrt(1 / (3 * width))", "--init_std")
     hd: float = flag(0.02, "factor on the initial weights of the head", "--init_head")
@@ -100,6 +108,7 @@ class TrainConfig:
     peak_tflops: float = flag(0.0, "peak of one GPU in TFLOP/s, for the model FLOPs utilisation; 0: known by the GPU's name")
 
     def __post_init__(self):
+        object.__setattr__(self, "workers", worker_count(self.workers))
         for name in ("depth", "bs", "ac", "log_every", "keep", "ep", "max_bad_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from utils.files import replace_text
 
-CLOCK_FIGURES = ("time", "images_per_second", "mfu", "memory_gb")  # differ from run to run of the same training
+CLOCK_FIGURES = ("time", "images_per_second", "mfu", "memory_gb", "data_wait")  # differ from run to run of the same training
 CONSOLE_SECONDS = 20.0  # at least so long between two lines where no terminal can redraw a bar
 
 
@@ -128,7 +128,8 @@ def console_line(step: int, total: int, values: dict[str, float], seconds_left: 
     """The state of a run in one line, `step 1200/50000 (2.4%) | loss 6.123 (last 7.01) | ... | 1:02:03 left`.
 
     Shown of `values`, where present: loss, loss_last, psnr (dB), accuracy (0 to 1), grad_norm, learning_rate, loss_scale,
-    images_per_second, mfu (model FLOP/s over the peak, 0 to 1), memory_gb. seconds_left: None while unknown.
+    images_per_second, mfu (model FLOP/s over the peak, 0 to 1), memory_gb, data_wait (waiting for data,
+    share of the time). seconds_left: None while unknown.
     """
     forms = {
         "loss": "loss {:#.4g}",
@@ -140,6 +141,7 @@ def console_line(step: int, total: int, values: dict[str, float], seconds_left: 
         "loss_scale": "scale {:.7g}",
         "images_per_second": "{:.0f} img/s" if values.get("images_per_second", 0) >= 10 else "{:.2g} img/s",
         "mfu": "mfu {:.0%}",
+        "data_wait": "data {:.0%}",
         "memory_gb": "{:.1f} GB",
     }
     parts = [f"step {step}/{total} ({step / total:.1%})"]

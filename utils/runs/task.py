@@ -15,6 +15,7 @@ from utils.data.sources import Data
 from utils.runs.state import Part, TrainState
 from utils.signals import StopRequest
 
+PRECISION_NAMES = {0: "float32", 1: "float16", 2: "bfloat16"}  # by --fp16
 AUTOCAST_DTYPES = {1: torch.float16, 2: torch.bfloat16}  # by --fp16
 ALL_RANKS = 1 << 31  # in the place of a rank, for random numbers that all ranks draw alike
 

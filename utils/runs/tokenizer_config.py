@@ -5,12 +5,14 @@ of the small ones was found by trials (docs/tokenizer.md).
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from models.discriminator import DiscriminatorConfig
 from models.pyramid import Pyramid
 from models.quantizer import QuantizerTraining
 from models.tokenizer import TOKENIZER_PRESETS, TokenizerConfig
 from utils.cli import flag, required
+from utils.data.batches import worker_count
 from utils.data.images import check_resize
 
 FEATURES = ("", "dino", "efflite0")  # what a discriminator can look at instead of pixels
@@ -100,7 +102,7 @@ class TokenizerTraining:
     # data
     resize: float = flag(1.125, "images are resized to this times their final size, then cropped", "--mid_reso")
     hflip: bool = flag(False, "mirror half of the training images")
-    workers: int = flag(0, "processes that load images, per rank")
+    workers: int | Literal["auto"] = flag("auto", "processes that load images, per rank; 0: none; auto: one less than cores")
     seed: int = flag(0, "of data order, initial weights and restarts")
     # what is seen and kept
     log_every: int = flag(20, "steps between log lines")
@@ -111,6 +113,7 @@ class TokenizerTraining:
     best: str = flag("", "also keep the checkpoint that is best in this, as checkpoints/best", choices=SCORES)
 
     def __post_init__(self):
+        object.__setattr__(self, "workers", worker_count(self.workers))
         for name in ("bs", "max_steps", "log_every", "save_every", "keep", "max_bad_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
