@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from scripts.benchmarks import attention, length, memory, peer, sampling, scan, table, tokens, training
+from scripts.benchmarks import attention, length, memory, peer, sampling, scan, table, tokenizer, tokens, training
 from scripts.benchmarks.config import BenchmarkConfig
 from scripts.benchmarks.formats import COMMON, Columns
 from utils import cli, evidence
@@ -32,6 +32,7 @@ MEASUREMENTS = {
     "memory": Measurement(memory.memory, memory.COLUMNS),
     "sampling": Measurement(sampling.sampling, sampling.COLUMNS),
     "peer": Measurement(peer.peer, peer.COLUMNS),
+    "tokenizer": Measurement(tokenizer.tokenizer, tokenizer.COLUMNS),
     "training": Measurement(training.training, training.COLUMNS),
     "scan": Measurement(scan.scan, scan.COLUMNS),
     "attention": Measurement(attention.attention, attention.COLUMNS),

@@ -236,6 +236,19 @@ def test_the_table_has_ours_beside_the_published(measure, tmp_path):
     assert rows[1]["state_mib"] == pytest.approx(64 * (3 * 256 + 128 * 64) * 4 / 2**20)
 
 
+def test_both_stages_of_the_tokenizer_are_measured(measure, tmp_path):
+    out = tmp_path / "tokenizer.json"
+    code, shown, _ = measure("tokenizer", "--batch=2", "--repeats=1", f"--json={out}")
+    assert code == 0
+    assert shown.startswith("# Training steps of the tokenizer\n")
+    rows = json.loads(out.read_text())["rows"]
+    whole, alone = "all", "decoder alone (--refine)"
+    expected = [(whole, "no"), (whole, "yes"), (alone, "no"), (alone, "yes")]
+    assert [(row["stage"], row["discriminator"]) for row in rows] == expected
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(2 / row["step_seconds"])
+
+
 def test_defaults_are_of_commands_that_there_are():
     assert DEFAULTS.keys() <= benchmark.MEASUREMENTS.keys()
 
@@ -249,6 +262,7 @@ def test_defaults_are_of_commands_that_there_are():
         (["memory", "--depth=12,"], "--depth=12,: give numbers of blocks such as 12,16"),
         (["attention", "--sides=13,x"], "--sides=13,x: give numbers such as 13,16,18,24,32,48,64"),
         (["tokens", "--batch=0"], "--batch=0: give at least 1"),
+        (["tokenizer", "--presets=f8-32,f9"], "--presets=f8-32,f9: no f9: give some of f16-256"),
         (["training", "--tfast=4"], "--tfast=4: give some of 0,1,2,3"),
         (["training", "--pn=256,512"], "--pn=256,512: training takes one pyramid"),
     ],

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import functools
 
@@ -7,6 +8,7 @@ from small_models import SIDES, VARIANTS, random_indices, seeded, small_tokenize
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import precision
+from models.captured import CapturedSampler
 from models.drawing import exponential_noise
 from models.generate import SamplingConfig, decode_sampled, generate, sample_scales
 from models.precision import Precision, changed_tokens, fastest, tokenizer_in, told_of_tokens
@@ -135,22 +137,73 @@ def test_auto_measures_the_models_themselves():
     assert all(torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items())
 
 
+# --- rehearsals on a GPU that is not there ------------------------------------------------------------------------------
+# Fake tensors of device cuda have no values, and refuse every wait for the device and every mix of devices.
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A context in which tensors are fake ones of device cuda, and autocast is as on a GPU."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)  # or autocast is off
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+
+    @contextlib.contextmanager
+    def inside():
+        with FakeTensorMode(), torch.device("cuda"):
+            yield
+
+    return inside
+
+
+def unfilled(name: str):
+    """The small models, where tensors are made now."""
+    kinds = [(type(model), model.config) for model in (small_transformer(**VARIANTS[name]), small_tokenizer())]
+    return lambda: tuple(kind(config).requires_grad_(False) for kind, config in kinds)
+
+
 @pytest.mark.parametrize("half", ["float32", *HALVES])
 @pytest.mark.parametrize("smooth", [False, True])
-def test_rehearsal_on_a_gpu_that_is_not_there(variant, half, smooth, monkeypatch):
-    """Fake tensors of device cuda refuse every wait for the device and every mix of devices; values they have none."""
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)  # or autocast is off
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    kinds = [(type(model), model.config) for model in (small_transformer(**VARIANTS[variant]), small_tokenizer())]
-    with FakeTensorMode(), torch.device("cuda"):
-        transformer, tokenizer = (kind(config).requires_grad_(False) for kind, config in kinds)
+def test_sampling_waits_for_no_device(variant, half, smooth, fake_gpu):
+    """Also as it is captured: with noise that was drawn before."""
+    build = unfilled(variant)
+    how = SamplingConfig(guidance_scale=1.5, top_k=20, top_p=0.9, smooth=smooth)
+    with fake_gpu():
+        transformer, tokenizer = build()
         Precision(half, half).apply_(transformer, tokenizer)
-        labels = torch.zeros(3, dtype=torch.long, device="cuda")
-        how = SamplingConfig(guidance_scale=1.5, top_k=20, top_p=0.9, smooth=smooth)
+        labels = torch.zeros(3, dtype=torch.long)
         sampled = sample_scales(transformer, tokenizer, labels, how, functools.partial(exponential_noise, generator=None))
         images = decode_sampled(tokenizer, sampled)
+        captured = CapturedSampler(transformer, tokenizer, how, 3, lambda compute: (compute, compute()))(labels)
     assert images.device.type == sampled.finite.device.type == "cuda"
     assert (images.dtype, images.shape) == (torch.float32, (3, 3, 18, 18))
+    assert captured.sums[-1].shape == sampled.sums[-1].shape
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=HALVES)
+def test_a_training_step_waits_for_no_device(variant, half, fake_gpu):
+    """Tokens -> inputs -> logits -> loss -> gradients -> AdamW."""
+    build = unfilled(variant)
+    with fake_gpu():
+        transformer, tokenizer = build()
+        transformer.train().requires_grad_(True)
+        optimizer = torch.optim.AdamW(transformer.parameters(), fused=True)
+        indices = [torch.zeros(2, length, dtype=torch.long) for length in transformer.pyramid.lengths]
+        with torch.autocast("cuda", dtype=half):
+            logits = transformer(torch.zeros(2, dtype=torch.long), tokenizer.teacher_inputs(indices))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.cat(indices, dim=1).flatten())
+        loss.backward()
+        optimizer.step()
+    assert loss.device.type == "cuda"
+    assert all(parameter.grad is not None for parameter in transformer.parameters())
+
+
+def test_the_tokenizer_waits_for_no_device(fake_gpu):
+    """Encoding and decoding in half precision, as tokens are cached and validations drawn."""
+    build = unfilled("var")
+    with fake_gpu():
+        tokenizer = tokenizer_in(build()[1], "bfloat16", "float16")
+        images = tokenizer.decode(tokenizer.encode(torch.zeros(2, 3, 18, 18)))
+    assert (images.device.type, images.dtype) == ("cuda", torch.float32)
 
 
 def test_tokens_in_half_precision_are_told_apart():

@@ -7,6 +7,7 @@ import torch
 from models.families import FAMILIES
 from models.pyramid import Pyramid
 from models.scan_backends import SCAN_BACKENDS
+from models.tokenizer import TOKENIZER_PRESETS
 from utils.cli import argument, flag
 
 PIXELS, NUM_CLASSES = 256, 1000
@@ -19,6 +20,7 @@ DEFAULTS: dict[str, dict] = {
     "memory": {"depth": "12,16,20,24,30,32"},
     "sampling": {"batch": 4},
     "peer": {"depth": "12,16"},
+    "tokenizer": {"batch": 16},
     "training": {"batch": 16},
     "scan": {"depth": "12,16,24", "batch": 8, "pn": "256,512"},
     "table": {
@@ -39,7 +41,9 @@ class BenchmarkConfig:
     pn: str | None = flag(None, "sampling, training, scan, table: pyramids, as in train.py, comma-separated", "--pixels")
     tfast: str = flag("0,3", "training: modes of compilation, as in train.py, comma-separated")
     precision: str = flag(
-        "", "sampling, training; empty: bfloat16 on GPUs, else float32", choices=("", "float32", "float16", "bfloat16")
+        "",
+        "sampling, tokenizer, training; empty: bfloat16 on GPUs, else float32",
+        choices=("", "float32", "float16", "bfloat16"),
     )
     scan_backend: str = flag("auto", "training: as in train.py", choices=SCAN_BACKENDS)
     real: bool = flag(False, "memory: compute on this machine, which takes the memory and the time, instead of imitating a GPU")
@@ -48,6 +52,7 @@ class BenchmarkConfig:
     batch: int | None = flag(None, "images per batch")
     batches: str = flag("1,4", "peer: images per batch, comma-separated")
     threads: str = flag("1,2", "peer: numbers of threads, comma-separated")
+    presets: str = flag("f8-32", "tokenizer: presets, comma-separated")
     checkout: str = flag("", "peer: directory of a checkout of FoundationVision/VAR")
     rows: int = flag(1 << 17, "tokens: images in the cache that is made for it")
     repeats: int = flag(7, f"the median of so many measurements, tokens: of {BATCHES_PER_REPEAT} batches")
@@ -66,6 +71,8 @@ class BenchmarkConfig:
         for name in ("sides", "heads", "batches", "threads"):
             if not all(number.isdigit() and int(number) > 0 for number in getattr(self, name).split(",")):
                 raise ValueError(f"--{name}={getattr(self, name)}: give numbers such as {getattr(BenchmarkConfig, name)}")
+        if unknown := sorted(set(self.presets.split(",")) - set(TOKENIZER_PRESETS)):
+            raise ValueError(f"--presets={self.presets}: no {', '.join(unknown)}: give some of {','.join(TOKENIZER_PRESETS)}")
         for name in ("batch", "rows", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)}: give at least 1")

@@ -41,16 +41,16 @@ def timed(call: Callable[[], object], device: torch.device) -> tuple[float, int 
     Memory is that of the GPU, or of this process where Linux tells; else None.
     """
     wait(device)
-    before = _memory(device, begin=True)
+    before = memory(device, begin=True)
     start = time.perf_counter()
     result = call()
     wait(device)
     seconds = time.perf_counter() - start
-    after = _memory(device, begin=False)
+    after = memory(device, begin=False)
     return seconds, None if before is None or after is None else after - before, result
 
 
-def _memory(device: torch.device, begin: bool) -> int | None:
+def memory(device: torch.device, begin: bool) -> int | None:
     """Bytes in use now, from which on the largest is looked for; or that largest."""
     if device.type == "cuda":
         if begin:

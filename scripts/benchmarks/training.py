@@ -108,6 +108,7 @@ class RandomTokens:
 
     class_names = [str(number) for number in range(NUM_CLASSES)]
     size, val_size, views = IMAGENET_IMAGES, 0, 1
+    mend = ""
 
     def __init__(self, batch: int, pyramid: Pyramid, num_codes: int):
         generator = torch.Generator().manual_seed(0)
