@@ -7,7 +7,6 @@ resumed by the same command, in the precision that it was begun in.
 Images are written by a thread, and on GPUs decoded on a stream of their own, while the next ones are sampled.
 """
 
-import csv
 import functools
 import itertools
 import math
@@ -19,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,15 +37,18 @@ from models.generate import (
 )
 from models.precision import PRECISIONS, Precision, fastest
 from models.scan_backends import SCAN_BACKENDS, choose_scan_
-from models.storage import weights_hash
+from models.storage import Description, weights_hash
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import cli, plots
 from utils.background import Background
-from utils.checkpoint import load_description, load_tokenizer_for, load_transformer
+from utils.checkpoint import find_tokenizer, load_description, load_tokenizer_for, load_transformer
+from utils.class_names import parse_classes, told_classes
 from utils.cli import flag, required
+from utils.data.token_cache import fingerprint, is_of, short
 from utils.dump import Dump, begun_settings, finished_settings
 from utils.evidence import commit
+from utils.files import check_writable
 
 PRESETS = {
     "fid": {"cfg": "1.5", "top_k": "900", "top_p": "0.96", "smooth": False},
@@ -67,6 +68,7 @@ class SampleConfig:
     ckpt: str = required("transformer: released file, run or checkpoint directory, or owner/name[@revision][:file]")
     out: str = required("picture, directory (png) or file (npz) to write")
     vae: str = flag("", "tokenizer, likewise; empty: the one the checkpoint names")
+    any_tokenizer: bool = flag(False, "take the tokenizer given, even where it is not the one that ckpt was trained with")
     family: str = flag("", "needed for released MVAR weights: markov", choices=("", *FAMILIES))
     format: str = flag("grid", "what to write", choices=("grid", "scales", "png", "npz"))
     classes: str = flag(
@@ -106,6 +108,8 @@ class SampleConfig:
     def __post_init__(self):
         if self.batch < 1 or self.num < 0:
             raise ValueError(f"--batch={self.batch}, --num={self.num}: give at least 1 image at a time and 0 or more in all")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"--seed={self.seed}: give a whole number from 0 to {(1 << 63) - 1}")
         for name, value in PRESETS[self.preset or "fid"].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -158,22 +162,6 @@ def _numbers(name: str, text: str, kind: type) -> list:
     if len(set(values)) < len(values):
         raise ValueError(f"--{name}={text}: has a value twice: leave one out")
     return values
-
-
-def parse_classes(text: str, class_names: list[str], num_classes: int) -> list[int]:
-    """'0,3,Bag' -> [0, 3, 8]; a number is a label even where a class has it for a name. ValueError for an unknown class."""
-    labels = []
-    for name in [text] if text in class_names else next(csv.reader([text], skipinitialspace=True)):
-        if name == "none":
-            labels.append(num_classes)
-        elif name.isdigit() and int(name) < num_classes:
-            labels.append(int(name))
-        elif name in class_names:
-            labels.append(class_names.index(name))
-        else:
-            known = f", or names such as {class_names[0]!r}" if class_names else ""
-            raise ValueError(f"--classes: no class {name!r}: give numbers from 0 to {num_classes - 1}{known}")
-    return labels
 
 
 def all_labels(config: SampleConfig, classes: list[int], num_classes: int) -> list[int]:
@@ -237,19 +225,22 @@ def scale_pictures(tokenizer: VQVAE, sampled: SampledScales) -> np.ndarray:
 def write_grid(out: Path, images: np.ndarray, labels: list[int], names: list[str]) -> None:
     """One row per class, its name beside it."""
     rows = {label: images[np.array(labels) == label] for label in dict.fromkeys(labels)}
-    plots.grid(list(rows.values()), [names[label] for label in rows]).save(out)
+    shown = plots.drawable(names)
+    plots.grid(list(rows.values()), [shown[label] for label in rows]).save(out)
 
 
 def write_scales(out: Path, pictures: np.ndarray, labels: list[int], names: list[str], tokenizer: VQVAE) -> None:
     """One row per image: how it looks after each scale."""
     heads = [f"{height}x{width}" for height, width in tokenizer.pyramid.shapes]
-    plots.grid(list(pictures), [names[label] for label in labels], heads).save(out)
+    shown = plots.drawable(names)
+    plots.grid(list(pictures), [shown[label] for label in labels], heads).save(out)
 
 
 def check_out(out: Path, config: SampleConfig) -> None:
     """ValueError before anything is computed where the result could not be written."""
-    if config.format in ("grid", "scales") and out.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{out}: --format={config.format} writes a picture: give a name that ends in .png")
+    if config.format in ("grid", "scales"):
+        plots.check_picture(out)
+    check_writable(out)
     if config.format != "png" and out.is_dir():
         raise ValueError(f"{out}: is a directory, --format={config.format} writes one file: give its name")
     unfinished = config.format == "png" and out.with_name(f".{out.name}.parts").exists()
@@ -263,11 +254,29 @@ def load_models(config: SampleConfig, device: torch.device) -> tuple[ScaleTransf
     """Transformer and tokenizer, and the names of the classes, empty where the checkpoint does not know them."""
     transformer = load_transformer(config.ckpt, config.family or None, config.ema)
     description = load_description(config.ckpt)
-    source = config.vae or (description.tokenizer if description else None)
-    if not source:
+    named = description.tokenizer if description else None
+    if not (config.vae or named):
         raise ValueError(f"{config.ckpt}: does not name its tokenizer: give --vae")
-    tokenizer = load_tokenizer_for(source, transformer.pyramid)
+    try:
+        tokenizer = load_tokenizer_for(config.vae or find_tokenizer(named, config.ckpt), transformer.pyramid)
+    except FileNotFoundError as error:
+        if config.vae:
+            raise
+        raise FileNotFoundError(
+            f"{config.ckpt} names its tokenizer {named}, which cannot be had: give --vae ({error})"
+        ) from error
+    check_tokenizer(config, description, tokenizer)
     return transformer.to(device), tokenizer.to(device), description.class_names if description else []
+
+
+def check_tokenizer(config: SampleConfig, description: Description | None, tokenizer: VQVAE) -> None:
+    """ValueError for another tokenizer than the one that the transformer was trained with, as far as it is known."""
+    known = description.tokenizer_hash if description else None
+    if known and not config.any_tokenizer and not is_of(known, tokenizer):
+        raise ValueError(
+            f"{config.ckpt}: was trained on tokens of a tokenizer with hash {short(known)}, "
+            f"{config.vae or description.tokenizer} has {short(fingerprint(tokenizer))}: give that one, or --any_tokenizer"
+        )
 
 
 def choose_precision(
@@ -389,6 +398,8 @@ def main() -> None:
         else:
             classes = list(range(num_classes if config.is_dump else min(num_classes, DEFAULT_CLASSES)))
         labels = all_labels(config, classes, num_classes)
+        if ranks.is_main and class_names:
+            print(told_classes(labels, names), file=sys.stderr)
         for setting in settings:
             done = f"wrote {len(labels)} images ({config.format}) to {setting.out}"
             if not config.is_dump:
@@ -407,6 +418,7 @@ def main() -> None:
 
 def remove_earlier(dump: Dump) -> None:
     """With --overwrite no image of an earlier, finished dump may stay; a file stays until the new one is whole."""
+    dump.remove()
     if not dump.parts.exists():
         for old in dump.out.glob("[0-9]*_class*.png"):
             old.unlink()

@@ -68,6 +68,8 @@ class NextScalePrediction(Task):
     """Every token of a pyramid is predicted from the scales before it (VAR, arXiv 2404.02905, section 3.1)."""
 
     drawn_by_rank = "drop-path"
+    schedule = ("ep", "max_steps", "max_minutes", "tblr", "sche", "wp", "wp0", "wpe", "twd", "twde", "tclip", "ls")
+    schedule += ("pg", "pg0", "pgwp", "scale_groups", "drop_path", "ema", "fp16")
 
     def __init__(
         self,
@@ -272,7 +274,7 @@ class NextScalePrediction(Task):
         with self._sampling(state) as transformer:
             labels = torch.arange(len(names), device=self.ranks.device)
             images = generate(transformer, self.coder, labels, generator=generator).images
-        return plots.grid(list(plots.to_uint8(images)[:, None]), names)
+        return plots.grid(list(plots.to_uint8(images)[:, None]), plots.drawable(names))
 
     def _draw_reconstructions(self) -> Image.Image:
         """A few held-out images, where there are pixels, below what their tokens decode to."""
@@ -286,7 +288,7 @@ class NextScalePrediction(Task):
     # --- saved with it --------------------------------------------------------------------------------------------------
 
     def description(self) -> Description:
-        return Description("transformer", self.data.class_names, self.config.vae, asdict(self.config))
+        return Description("transformer", self.data.class_names, self.config.vae, asdict(self.config), self.tokenizer_hash)
 
     def circumstances(self) -> dict:
         return {"tokenizer": self.tokenizer_hash}
@@ -331,12 +333,13 @@ def build_data(config: TrainConfig, tokenizer: VQVAE) -> FolderData | CachedData
     height, width = tokenizer.config.image_shape
     if height != width:
         raise ValueError(f"pyramid {tokenizer.pyramid}: training from folders needs square images")
-    return FolderData(config.data_path, height, config.mid_reso, config.hflip, config.seed, config.workers)
+    return FolderData(config.data_path, height, config.mid_reso, config.hflip, config.seed, config.workers, config.background)
 
 
 def build_fidelity(config: TrainConfig, tokenizer: VQVAE, source: FolderData | CachedData, ranks: Ranks) -> Fidelity:
     """For --val_fd."""
-    fidelity = Fidelity(config.data_path, config.val_fd, tokenizer.config.image_shape[0], source.resize, config.workers, ranks)
+    how = tokenizer.config.image_shape[0], source.resize, config.workers, ranks, config.background
+    fidelity = Fidelity(config.data_path, config.val_fd, *how)
     if fidelity.train.class_names != source.class_names:
         raise ValueError(
             f"--data_path={config.data_path}: its classes are not those of the token cache {config.token_cache}: "

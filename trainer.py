@@ -7,7 +7,6 @@ and a resumed run is the uninterrupted one.
 
 import contextlib
 import json
-import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -21,12 +20,12 @@ from dist import Ranks
 from utils.data.batches import Timed, TrainOrder
 from utils.files import locked, replace_text
 from utils.runs.log import RunLog
-from utils.runs.pace import Pace
+from utils.runs.pace import Pace, peak_memory
 from utils.runs.resume import agreed_checkpoint, changes
 from utils.runs.saving import ShardedSaver, read_numbers, restore_, save_checkpoint
 from utils.runs.state import AVERAGED, MODEL, TrainState, named
 from utils.runs.task import RunConfig, StepResult, Task, step_seed
-from utils.signals import StopRequest
+from utils.signals import Stopped, StopRequest
 
 INITIAL_LOSS_SCALE, LARGEST_LOSS_SCALE, LOSS_SCALE_GROWTH = 2.0**11, 2.0**15, 1000  # as released
 SAVE_FAILED = 1000  # above all signals, in the vote of the ranks on whether to go on
@@ -188,7 +187,13 @@ class Trainer:
             if is_last:
                 return final, stopped_by
             # step
-            result, norms = self.train_step(batches)
+            try:
+                result, norms = self.train_step(batches)
+            except Stopped:  # while a batch did not come: nothing of the step was done
+                if ranks.world > 1:
+                    raise  # the others wait for this one
+                self.save()
+                return final, stop.number
             state.seconds = time.monotonic() - clock_start
             if config.max_minutes:
                 state.seconds = ranks.from_main(state.seconds)
@@ -288,7 +293,8 @@ class Trainer:
     def circumstances(self) -> dict:
         """What the order of the data and the meaning of the tokens depend on; kept with every checkpoint."""
         kept = {"ranks": self.ranks.world, "seed": self.config.seed, "batch": self.config.batch}
-        return kept | {"images": self.task.data.size} | self.task.circumstances()
+        schedule = {name: getattr(self.task.flags, name) for name in self.task.schedule}
+        return kept | {"images": self.task.data.size, "schedule": schedule} | self.task.circumstances()
 
     def save(self) -> None:
         """Write a checkpoint: the main rank while the others wait; of a sharded model, all ranks in the background."""
@@ -337,10 +343,3 @@ class Trainer:
             "torch": torch.__version__,
         }
         replace_text(self.config.directory / "config.json", json.dumps(resolved, indent=1) + "\n")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes at most in use so far: of the GPU by tensors, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -24,6 +24,8 @@ from models.transformer import BlockState, ScaleTransformer
 # in a batch of another size could come out otherwise.
 COHORT_SIZE = {"cpu": 16, "cuda": 64}
 
+LARGEST_LOGIT = 1e30  # beyond it guidance has left nothing of what the transformer said
+
 Noise = Callable[[Tensor], Tensor]  # exponential random numbers of the shape of its argument (B, ..., V)
 
 
@@ -55,7 +57,7 @@ class SampledScales(NamedTuple):
 
     indices: list[Tensor]  # K LongTensors (B, h_k * w_k)
     sums: list[Tensor]  # K times (B, code_dim, h_K, w_K): the features after each scale
-    finite: Tensor  # () bool: whether all logits were numbers
+    finite: Tensor  # () bool: whether all guided logits were numbers, and no absurd ones
 
 
 class Generation(NamedTuple):
@@ -88,9 +90,9 @@ def sample_scales(
         progress = k / max(transformer.pyramid.num_scales - 1, 1)
         inputs = state.inputs.repeat(2, 1, 1) if guided else state.inputs
         logits, blocks = transformer.advance(inputs, range(k, k + 1), conditioning, state.blocks)
-        finite.append(logits.sum().isfinite())
         if guided:
             logits = guide(logits, config.guidance_scale * progress)
+        finite.append((logits.abs() < LARGEST_LOGIT).all())  # not where one is NaN
         logits = filter_logits(logits, config.top_k, config.top_p)
         indices.append(draw_indices(logits, noise(logits)))
         if config.smooth:
@@ -126,7 +128,9 @@ def decode_sampled(tokenizer: VQVAE, sampled: SampledScales) -> Tensor:
 def check_finite(sampled: SampledScales) -> None:
     """ValueError where the transformer gave no numbers; waits for the device."""
     if not sampled.finite:
-        raise ValueError("the transformer's logits are not finite: its weights are damaged, or its precision is too low")
+        raise ValueError(
+            "the transformer's logits are not finite: its weights are damaged, its precision is too low, or guidance too strong"
+        )
 
 
 def generate(

@@ -8,6 +8,7 @@ weights_only=True, everything else is safetensors or JSON.
 import dataclasses
 import hashlib
 import json
+import os
 import pickle
 import struct
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 CONFIG, WEIGHTS, AVERAGED = "config.json", "model.safetensors", "ema.safetensors"
+INDEX = ".index.json"  # how the name of the list of a sharded checkpoint's files ends
+ZIP, PICKLE, GZIP = b"PK\x03\x04", b"\x80", b"\x1f\x8b"  # how files begin
 # What torch.load and safetensors raise on files that are damaged or something else altogether.
 UNREADABLE = (
     SafetensorError,
@@ -35,6 +38,8 @@ UNREADABLE = (
     TypeError,
     ValueError,
 )
+UMASK = os.umask(0)  # can only be read by being set
+os.umask(UMASK)
 Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,31 +49,86 @@ class Description:
     """What config.json says beside the model's own configuration.
 
     kind: "tokenizer" or "transformer". class_names: of the labels, empty where unknown. tokenizer: where the transformer's
-    tokenizer was loaded from. training: the resolved configuration of the run that made it.
+    tokenizer was loaded from. training: the resolved configuration of the run that made it. tokenizer_hash: of what makes the
+    tokens that the transformer was trained on (utils/data/token_cache.py), None where unknown.
     """
 
     kind: str
     class_names: list[str] = field(default_factory=list)
     tokenizer: str | None = None
     training: dict = field(default_factory=dict)
+    tokenizer_hash: str | None = None
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------
 
 
 def read_tensors(path: Path) -> dict:
-    """The contents of a .safetensors or .pth file; nothing in it is executed."""
+    """The contents of a weights file, or of all files that an index (*.index.json) names; nothing in it is executed.
+
+    What kind of file it is its first bytes say, whatever its name. ValueError, in one line, for all that holds no tensors.
+    """
+    if path.name.endswith(INDEX):
+        return _read_index(path)
+    start = _start_of(path)
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(start):
             return load_file(path)
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        if start.startswith((ZIP, PICKLE)):
+            with open(path, "rb") as file:  # by its name torch would take it for another format
+                contents = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            raise ValueError("no tensors")
     except UNREADABLE as error:
-        raise ValueError(
-            f"{path}: not a readable weights file ({first_line(error)[:120]}): give a .safetensors or a .pth of plain tensors"
-        ) from error
+        raise ValueError(f"{path}: not a readable weights file: {_what_it_is(path, start, error)}") from error
     if not isinstance(contents, dict):
         raise ValueError(f"{path}: holds a {type(contents).__name__}, not a dictionary of tensors")
     return contents
+
+
+def _read_index(path: Path) -> dict:
+    """The tensors of all files in the "weight_map" of an index, which lie beside it."""
+    files = _read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) and Path(name).name == name for name in files.values()):
+        raise ValueError(f'{path}: has no "weight_map" from tensors to files beside it: give the index of a sharded checkpoint')
+    parts: dict = {}
+    for name in dict.fromkeys(files.values()):
+        if not (path.parent / name).exists():
+            raise FileNotFoundError(f"{path}: names {name}, which is not beside it: fetch all of its files")
+        parts |= read_tensors(path.parent / name)
+    return parts
+
+
+def _start_of(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(512)
+
+
+def _is_safetensors(start: bytes) -> bool:
+    """Whether a file begins with the length of a header and the header's bracket."""
+    return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 30
+
+
+def _what_it_is(path: Path, start: bytes, error: Exception) -> str:
+    """What a file that cannot be read seems to be, and the mend, in our own words."""
+    text = start.lstrip().lower()
+    if not start:
+        return "it is empty: fetch it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS and not the file itself: fetch that with `git lfs pull`"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, as one gets in place of a file that needs a login: fetch it again"
+    if _is_safetensors(start):
+        return "it is a damaged or truncated safetensors file: fetch it again"
+    if "weights_only" in str(error) or "Unsupported" in str(error) or "GLOBAL" in str(error):
+        return "it holds pickled objects beside tensors, which are not executed: save its state dict alone"
+    if start.startswith((ZIP, PICKLE)):
+        return "it is a damaged or truncated .pth file, or a zip of something else: fetch it again"
+    if start.startswith(GZIP) or start[257:262] == b"ustar":
+        return "it is a packed archive: unpack it first"
+    if text.startswith((b"{", b"[")):
+        return "it is JSON: give the weights that belong to it"
+    return "give a .safetensors or a .pth of plain tensors"
 
 
 def weights_file(directory: Path, averaged: bool = True) -> Path:
@@ -181,5 +241,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """OSError where the disk is full or the file cannot be written."""
     try:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+        path.chmod(0o666 & ~UMASK)  # as every other file: the library gives it to its owner alone
     except SafetensorError as error:
         raise OSError(f"{path}: could not be written ({error}): make room on the disk") from error

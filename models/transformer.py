@@ -365,6 +365,7 @@ class ScaleTransformer(nn.Module, HubModel):
             "codes": f"{config.num_codes} of {config.code_dim} numbers",
             "classes": str(config.num_classes) + (f": {', '.join(names)}" if 0 < len(names) <= MOST_NAMES else ""),
             "tokenizer": f"`{tokenizer}`" if tokenizer else "not named",
+            **({"hash of its tokens": f"`{self.description.tokenizer_hash}`"} if self.description.tokenizer_hash else {}),
         }
         title = f"{FAMILIES[config.blocks[-1]].title} d{config.depth}, {height}x{width} tokens"
         summary = "Class-conditional image generation, scale by scale. "

@@ -26,6 +26,7 @@ from utils.cli import flag, required
 from utils.data import token_cache
 from utils.data.batches import batches_at, val_batches, worker_count
 from utils.data.images import ImageFiles, Images, check_resize, read_folders
+from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
 from utils.data.token_cache import ARRAYS, CacheShard, Plan
 
 COMPARED_IMAGES = 16  # of which it is told how many tokens another precision changes
@@ -44,12 +45,14 @@ class CacheConfig:
     hflip: bool = flag(False, "mirror half of the training views")
     resize: float = flag(1.125, "images are resized to this times their final size, then cropped", "--mid_reso")
     batch: int = flag(128, "images per forward pass, per rank")
+    background: str = flag(WHITE, BACKGROUND_HELP)
     workers: int | Literal["auto"] = flag("auto", "processes that load images, per rank; 0: none; auto: one less than cores")
     precision: str = flag("float32", "of the tokenizer's encoder; others change tokens, how many is told", choices=PRECISIONS)
     seed: int = flag(0, "of crops and mirroring")
 
     def __post_init__(self):
         object.__setattr__(self, "workers", worker_count(self.workers))
+        background_colour(self.background)
         if self.views < 1 or self.batch < 1:
             raise ValueError(f"--views={self.views}, --batch={self.batch}: give at least 1")
         if self.workers < 0 or self.seed < 0:
@@ -83,6 +86,7 @@ def make_plan(config: CacheConfig, tokenizer: VQVAE, train: ImageFiles, val: Ima
         rows_per_shard={split: token_cache.rows_per_shard(count) for split, count in rows.items()},
         listing=token_cache.listing_hash(config.data_path, train, val),
         precision=config.precision,
+        background=config.background,
     )
 
 
@@ -155,16 +159,16 @@ def encode(config: CacheConfig, ranks: Ranks) -> None:
     everything = plan.shards(*token_cache.SPLITS)
     missing = [everything[i] for i in ranks.numbers_from_main([everything.index(shard) for shard in missing])]
 
+    splits = {
+        "train": (Images(train, plan.pixels, plan.resize, plan.augment, plan.flip, plan.seed, plan.background), plan.views),
+        "val": (Images(val, plan.pixels, plan.resize, background=plan.background), 1),
+    }
     narrow = tokenizer_in(tokenizer, config.precision)
     if config.precision != "float32" and ranks.is_main:
-        images, _ = next(val_batches(Images(val, plan.pixels, plan.resize), COMPARED_IMAGES))
+        images, _ = next(val_batches(splits["val"][0], COMPARED_IMAGES))
         print(told_of_tokens(config.precision, tokenizer, narrow, images.to(ranks.device)))
     mine = missing[ranks.rank :: ranks.world]
     total, left, share = sum(plan.rows.values()), count_rows(missing), count_rows(mine)
-    splits = {
-        "train": (Images(train, plan.pixels, plan.resize, plan.augment, plan.flip, plan.seed), plan.views),
-        "val": (Images(val, plan.pixels, plan.resize), 1),
-    }
     interval = 0.2 if sys.stderr.isatty() else 20
     with tqdm(
         total=total, initial=total - left, unit="image", desc="encoding", mininterval=interval, disable=not ranks.is_main

@@ -16,7 +16,7 @@ from models.storage import Description
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import cli, official
-from utils.checkpoint import is_ours, locate, read_tensors, released_tokenizer, released_transformer, save_model
+from utils.checkpoint import is_ours, locate, read_tensors, released_tokenizer, released_transformer, save_model, unwrapped
 from utils.cli import argument, flag, required
 from utils.files import written_aside
 
@@ -34,7 +34,7 @@ class ConvertConfig:
 
 def convert(config: ConvertConfig, path: Path) -> VQVAE | ScaleTransformer:
     """The model in a released file. ValueError where it holds none, or flags are of the other kind of model."""
-    tensors = read_tensors(path)
+    tensors = unwrapped(read_tensors(path), path)
     has_tokenizer, has_transformer = official.holds_tokenizer(tensors), official.holds_transformer(tensors)
     if has_tokenizer and (config.sides or not has_transformer):
         if config.family or config.tokenizer:

@@ -15,7 +15,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from PIL import Image
 
 from dist import Ranks, process_group
 from models.precision import PRECISIONS, tokenizer_in
@@ -23,11 +22,14 @@ from models.storage import weights_hash
 from utils import cli, evidence, plots
 from utils.checkpoint import load_tokenizer
 from utils.cli import argument, flag, required
-from utils.dump import finished_settings
+from utils.data.pictures import BACKGROUND_HELP, WHITE
+from utils.dump import finished_settings, read_settings
+from utils.files import check_writable
 from utils.metrics.distances import frechet_distance
 from utils.metrics.features import EXTRACTORS, Extractor, load_extractor
 from utils.metrics.image_sets import (
     FittedImages,
+    FolderImages,
     ImageSet,
     Reference,
     Statistics,
@@ -41,6 +43,7 @@ from utils.metrics.reconstruction import BATCH, measure_reconstruction
 from utils.metrics.scores import in_halves, notes_on_distance, notes_on_scores, score
 from utils.metrics.similarity import LPIPS, LPIPS_SIDE, WINDOW, load_lpips
 
+ARRAY_HELP = "array of the .npz that holds the images, where it is not arr_0"
 EXTRACTOR_HELP = "network that looks at the images: inception for FID, efflite0 where its weights cannot be had"
 BATCH_HELP = "images that a rank takes at a time; 0: as suits the device"
 
@@ -53,7 +56,10 @@ class EvaluateConfig:
     reference: str = argument("real images, likewise, or statistics of them")
     extractor: str = flag("inception", EXTRACTOR_HELP, choices=tuple(EXTRACTORS))
     weights: str = flag("", "file of its weights; empty: those it comes with")
+    array: str = flag("", ARRAY_HELP)
+    background: str = flag(WHITE, BACKGROUND_HELP)
     real: str = flag("", "further real images, scored beside the samples")
+    any_statistics: bool = flag(False, "take statistics as a reference that do not say who made them")
     halves: bool = flag(False, "score one half of the reference against the other, beside the samples")
     k: int = flag(3, "precision and recall: neighbours within a ball")
     float32: bool = flag(False, "precision and recall: distances in float32; else in float16, as in the OpenAI evaluator")
@@ -77,6 +83,8 @@ class StatsConfig:
     images: str = argument("real images: an .npz or a folder of PNG or JPEG")
     out: str = required("file to write, .npz")
     extractor: str = flag("inception", EXTRACTOR_HELP, choices=tuple(EXTRACTORS))
+    array: str = flag("", ARRAY_HELP)
+    background: str = flag(WHITE, BACKGROUND_HELP)
     weights: str = flag("", "file of its weights; empty: those it comes with")
     batch: int = flag(0, BATCH_HELP)
     overwrite: bool = flag(False, "replace what is at --out")
@@ -97,6 +105,8 @@ class ReconstructionConfig:
         0, "take so many of the images, evenly spread over all; 0: all; under torchrun: --num_images", "--num_images"
     )
     extractor: str = flag("inception", EXTRACTOR_HELP, choices=tuple(EXTRACTORS))
+    array: str = flag("", ARRAY_HELP)
+    background: str = flag(WHITE, BACKGROUND_HELP)
     weights: str = flag("", "file of its weights; empty: those it comes with")
     precision: str = flag(
         "float32", "of the tokenizer: others are faster, and their scores are of themselves", choices=PRECISIONS
@@ -110,8 +120,8 @@ class ReconstructionConfig:
         check_batch(self.batch)
         if self.num < 0 or self.num == 1:
             raise ValueError(f"--num={self.num}: give at least 2 images, or 0 for all")
-        if self.out and Path(self.out).suffix.lower() not in Image.registered_extensions():
-            raise ValueError(f"--out={self.out}: is to be a picture: give a name that ends in .png")
+        if self.out:
+            plots.check_picture(self.out)
 
 
 def check_batch(batch: int) -> None:
@@ -123,8 +133,12 @@ def check_free(path: str, flag: str, overwrite: bool) -> None:
     """ValueError before anything is computed where the result would replace a file unasked."""
     if path and Path(path).is_dir():
         raise ValueError(f"{path}: is a directory: give {flag} the name of a file")
+    if path and read_settings(Path(path)) is not None:
+        raise ValueError(f"{path}: holds the settings of a dump: give another {flag}")
     if path and Path(path).exists() and not overwrite:
         raise ValueError(f"{path}: is there already: give another {flag}, or --overwrite")
+    if path:
+        check_writable(path)
 
 
 # --- looking before anything is computed --------------------------------------------------------------------------------
@@ -156,6 +170,12 @@ def measure_reference(extractor: Extractor, reference: Reference, batch: int, ra
         return Measured(statistics, None)
     measured = measure(extractor, reference.images, batch, ranks)
     return measured._replace(statistics=statistics or measured.statistics)
+
+
+def notes_on_files(*sets: ImageSet | None) -> list[str]:
+    """What lies among the pictures of folders and was not scored."""
+    folders = [images for images in sets if isinstance(images, FolderImages) and images.strangers]
+    return [f"{folder.source}: {folder.strangers} files there are no pictures and are left out" for folder in folders]
 
 
 # --- showing ------------------------------------------------------------------------------------------------------------
@@ -231,8 +251,10 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> None:
     began = time.monotonic()
     with ranks.failing_together():
         check_free(config.json, "--json", config.overwrite)
-        samples, reference = open_images(config.samples), open_reference(config.reference, config.extractor)
-        real = open_images(config.real) if config.real else None
+        samples = open_images(config.samples, config.background, config.array)
+        how = config.background, config.array, config.any_statistics
+        reference = open_reference(config.reference, config.extractor, *how)
+        real = open_images(config.real, config.background) if config.real else None
         neighbours = f"k={config.k} neighbours need"
         for images in (samples, reference.images, real):
             if images is not None:
@@ -258,7 +280,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> None:
         columns["real"] = score(further, against, extractor, *choices)
     elif config.halves:
         columns["real, halves"] = score(*in_halves(against), extractor, *choices)
-    notes = notes_on_scores(made, against, extractor, config.split)
+    notes = notes_on_scores(made, against, extractor, config.split) + notes_on_files(samples, reference.images, real)
     print("\n".join([table(columns), *notes]))
     dump = finished_settings(Path(config.samples))  # of samples that sample.py made
     figures = {"pixels": [samples.height, samples.width], "dump": dump, "scores": columns, "notes": notes}
@@ -268,12 +290,14 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> None:
 def stats(config: StatsConfig, ranks: Ranks) -> None:
     with ranks.failing_together():
         check_free(config.out, "--out", config.overwrite)
-        images = open_images(config.images)
+        images = open_images(config.images, config.background, config.array)
         check_count(images.source, images.count, 2, "a covariance needs")
     extractor = load(config, ranks)
     statistics = measure(extractor, images, config.batch, ranks, keep_features=False).statistics
     if ranks.is_main:
         write_statistics(Path(config.out), statistics, extractor.name, extractor.fingerprint)
+        for note in notes_on_files(images):
+            print(note)
         print(f"wrote the statistics of {images.count} images of {images.width}x{images.height} pixels to {config.out}")
 
 
@@ -282,7 +306,7 @@ def reconstruction(config: ReconstructionConfig, ranks: Ranks) -> None:
     with ranks.failing_together():
         check_free(config.json, "--json", config.overwrite)
         check_free(config.out, "--out", config.overwrite)
-        whole = open_images(config.images)
+        whole = open_images(config.images, config.background, config.array)
         reason = f"--num={config.num} needs" if config.num else "a covariance needs"
         check_count(whole.source, whole.count, config.num or 2, reason)
         tokenizer = load_tokenizer(config.vae).to(ranks.device)
@@ -310,7 +334,7 @@ def reconstruction(config: ReconstructionConfig, ranks: Ranks) -> None:
     shown = {name: lacks[name] if value is None else value for name, value in scores.items()}
     names = [f"{height}x{width}" for height, width in tokenizer.pyramid.shapes]
     codes = {name: asdict(usage) for name, usage in zip([*names, "all"], [*quality.scales, quality.all_scales], strict=True)}
-    notes = notes_on_distance(extractor, distance, count)
+    notes = notes_on_distance(extractor, distance, count) + notes_on_files(whole)
     if tokenizer.description.training.get("gan_features") == extractor.name:
         notes.append(f"{distance} flatters: the tokenizer's discriminator looked at images through {extractor.name}, too")
     print("\n".join([table({"reconstructions": shown}), code_table(codes), *notes]))

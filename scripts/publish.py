@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.hub import HubName
 from utils import cli
-from utils.checkpoint import load_description, load_tokenizer, load_transformer
+from utils.checkpoint import load_description, load_tokenizer, load_tokenizer_for, load_transformer
 from utils.cli import argument, flag
+from utils.data.token_cache import fingerprint, is_of, short
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class PublishConfig:
     source: str = argument("run or checkpoint directory")
     repository: str = argument("owner/name on the hub; made where there is none")
     tokenizer: str = flag("", "of a transformer: where on the hub its tokenizer is, owner/name[:file]")
+    any_tokenizer: bool = flag(False, "do not compare it with the one that the transformer was trained with")
     scores: str = flag("", "file that scripts/evaluate.py --json wrote, for the model card")
     dataset: str = flag("", "name of the images that --scores compares with, for the model card")
     license: str = flag("", "its identifier on the hub, such as mit; empty: none is claimed")
@@ -60,6 +62,14 @@ def main() -> None:
     if description.kind == "transformer":
         tokenizer = public_tokenizer(config, description.tokenizer)
         model = load_transformer(config.source)
+        known = description.tokenizer_hash
+        if known and not config.any_tokenizer:
+            published = load_tokenizer_for(tokenizer, model.pyramid)
+            if not is_of(known, published):
+                raise ValueError(
+                    f"{config.source}: was trained on tokens of a tokenizer with hash {short(known)}, {tokenizer} has "
+                    f"{short(fingerprint(published))}: give --tokenizer of that one, or --any_tokenizer"
+                )
         model.description = replace(description, tokenizer=tokenizer)
     elif config.tokenizer:
         raise ValueError(f"{config.source}: is a tokenizer itself: leave --tokenizer out")

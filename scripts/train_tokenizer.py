@@ -49,6 +49,9 @@ class ImageReconstruction(Task):
     """Images are encoded, quantized and decoded; what comes out is to be what went in (VAR, arXiv 2404.02905, section 3.2)."""
 
     drawn_by_rank = "restarted codes"
+    schedule = ("max_steps", "max_minutes", "lr", "lr_end", "weight_decay", "clip", "ema", "fp16", "restart_every")
+    schedule += ("l1", "l2", "vq", "perceptual", "perceptual_logits", "lpips", "scale_dropout", "perturbation", "matching")
+    schedule += ("gan", "gan_adaptive", "gan_least", "gan_most", "gan_from", "gan_ramp", "gan_lr", "diffaug", "lecam")
     higher_is_better = ("val_psnr", "val_ssim")
     may_start_anew = (CRITIC, optimizer_section(CRITIC))  # a run without one may go on with one
 
@@ -75,7 +78,7 @@ class ImageReconstruction(Task):
         config, (height, width) = self.config, self.tokenizer.config.image_shape
         if height != width:
             raise ValueError(f"the tokenizer is for images of {width}x{height} px, and training cuts squares: give another")
-        return FolderData(config.data_path, height, config.resize, config.hflip, config.seed, config.workers)
+        return FolderData(config.data_path, height, config.resize, config.hflip, config.seed, config.workers, config.background)
 
     # --- one step -------------------------------------------------------------------------------------------------------
 
@@ -227,7 +230,8 @@ class ImageReconstruction(Task):
         config = self.config
         if not config.val_fd:
             return None
-        return Fidelity(config.data_path, config.val_fd, self.data.pixels, config.resize, config.workers, self.ranks)
+        how = self.data.pixels, config.resize, config.workers, self.ranks, config.background
+        return Fidelity(config.data_path, config.val_fd, *how)
 
     def _draw(self, tokenizer: VQVAE) -> Image.Image:
         """A few held-out images below what is decoded from the first scale, from two, and so on to all."""

@@ -259,3 +259,91 @@ def test_broken_configuration(tmp_path, model):
     (path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
         load_transformer(path)
+
+
+# --- files as people have them ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "seems"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "it is a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html><head><title>Log in</title>", "it is a web page"),
+        (b"  <HTML>", "it is a web page"),
+        (b"PK\x03\x04 and then something else", "it is a damaged or truncated .pth file"),
+        (b'\x10\x00\x00\x00\x00\x00\x00\x00{"a": [1, 2', "it is a damaged or truncated safetensors file"),
+        (b"\x1f\x8b\x08packed", "it is a packed archive: unpack it first"),
+        (b'{"weight_map": {}}', "it is JSON"),
+        (b"hello", "give a .safetensors or a .pth of plain tensors"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "a.bin"])
+def test_what_is_no_weights_file_is_named_in_our_words(tmp_path, content, seems, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: not a readable weights file: {seems}") as error:
+        load_transformer(tmp_path / name)
+    assert "\n" not in str(error.value)
+    assert "\x1b" not in str(error.value)
+
+
+def test_the_content_tells_the_format_and_not_the_name(tmp_path):
+    tensors = {"a": torch.arange(3.0)}
+    save_file(tensors, tmp_path / "really_safetensors.pth")
+    torch.save(tensors, tmp_path / "really_pickled.safetensors")
+    for name in ("really_safetensors.pth", "really_pickled.safetensors"):
+        assert torch.equal(read_tensors(tmp_path / name)["a"], tensors["a"])
+
+
+WRAPPED = {
+    "module": lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()},
+    "compiled": lambda tensors: {f"module._orig_mod.{name}": tensor for name, tensor in tensors.items()},
+    "state_dict": lambda tensors: {"state_dict": tensors, "epoch": 3},
+    "model": lambda tensors: {"model": {f"module.{name}": tensor for name, tensor in tensors.items()}, "optimizer": {}},
+    "ema": lambda tensors: {"model": {name: tensor + 1 for name, tensor in tensors.items()}, "ema": tensors},
+    "half": lambda tensors: {name: tensor.half().float().half() for name, tensor in tensors.items()},
+    "released trainer": lambda tensors: {"trainer": {"mvar_wo_ddp": tensors}, "args": "..."},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_what_people_have_around_released_tensors_is_taken_off(tmp_path, kind, capsys):
+    tensors = transformer_weights("mvar_tiny")
+    torch.save(WRAPPED[kind](tensors), tmp_path / "a.pth")
+    rounded = {name: tensor.half().float() for name, tensor in tensors.items()}
+    torch.save(rounded if kind == "half" else tensors, tmp_path / "b.pth")
+    assert_same_model(load_transformer(tmp_path / "a.pth"), load_transformer(tmp_path / "b.pth"))
+    told = capsys.readouterr().err
+    assert ("took the tensors out of" in told) == (kind not in ("half", "released trainer"))
+
+
+def test_released_tensors_beside_the_configuration_of_others(tmp_path):
+    tensors = {name: tensor.contiguous() for name, tensor in transformer_weights("mvar_tiny").items()}
+    torch.save(tensors, tmp_path / "b.pth")
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architectures": ["VAR"], "depth": 2}')
+    assert_same_model(load_transformer(tmp_path / "model.safetensors"), load_transformer(tmp_path / "b.pth"))
+
+
+def test_a_sharded_index_is_read(tmp_path):
+    tensors = {name: tensor.contiguous() for name, tensor in transformer_weights("mvar_tiny").items()}
+    torch.save(tensors, tmp_path / "b.pth")
+    names = list(tensors)
+    files = {"one.safetensors": names[: len(names) // 2], "two.safetensors": names[len(names) // 2 :]}
+    for file, part in files.items():
+        save_file({name: tensors[name] for name in part}, tmp_path / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, part in files.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = load_transformer(tmp_path / "model.safetensors.index.json")
+    assert_same_model(loaded, load_transformer(tmp_path / "b.pth"))
+    (tmp_path / "two.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="names two.safetensors, which is not beside it: fetch all of its files"):
+        load_transformer(tmp_path / "model.safetensors.index.json")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../secret"}}')
+    with pytest.raises(ValueError, match='has no "weight_map" from tensors to files beside it'):
+        load_transformer(tmp_path / "model.safetensors.index.json")
+
+
+def test_weights_have_the_rights_of_every_other_file(tmp_path, model):
+    path = saved(tmp_path / "ours", model, TRANSFORMER)
+    assert (path / "model.safetensors").stat().st_mode == (path / "config.json").stat().st_mode

@@ -19,6 +19,10 @@ def test_a_grid_keeps_every_image_whole_and_in_its_place():
     assert (picture[66:130, margin + 2 * 66 : margin + 2 * 66 + 64] == 99).all()
 
 
+def test_names_are_drawn_as_they_are_written_or_as_their_number():
+    assert plots.drawable(["Müller", "été", "кошка", "猫"]) == ["Müller", "été", "кошка", "3"]
+
+
 def test_curves_are_drawn(tmp_path):
     panel = {"title": "t", "x": "step", "y": "loss", "lines": {"train": [(1, 2.0), (2, 1.0)]}, "levels": {"best": 0.5}}
     plots.curves(tmp_path / "curves.png", [panel, panel])

@@ -357,6 +357,21 @@ def test_other_circumstances_are_told(whole, source, images, tmp_path, command):
     assert "the run so far had batch size 8, now 4: from here on other batches" in output
 
 
+def test_a_changed_schedule_is_told_with_old_and_new_values(whole, source, tmp_path, command):
+    """A longer run raises its learning rate again, and a cosine that had ended goes on in its middle."""
+    shutil.copytree(whole, tmp_path / "run")
+    flags = ["--max_steps=6", "--tblr=0.5", "--local_out_dir_path", tmp_path / "run"]
+    code, output, errors = command(*source, *flags)
+    assert code == 0, errors
+    told = [line for line in output.splitlines() if "from here on its schedule is that of the new flags" in line]
+    assert len(told) == 1
+    assert "(now 6)" in told[0]
+    assert "(now 0.5)" in told[0]
+    code, output, _ = command(*source, *flags)
+    assert code == 0
+    assert "its schedule" not in output
+
+
 def test_a_run_is_not_resumed_on_the_tokens_of_another_tokenizer(whole, source, tmp_path, command):
     other = VQVAE(TINY_TOKENIZER)
     with written_aside(tmp_path / "tokenizer") as directory:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from PIL import Image
 
 import sample
 from models.precision import Precision
+from models.tokenizer import VQVAE
 from models.transformer import build_transformer
 from utils.checkpoint import Description, load_tokenizer, load_transformer, save_model
+from utils.data.token_cache import fingerprint
 from utils.files import written_aside
 
 
@@ -25,7 +28,8 @@ def checkpoint(tokenizer, tmp_path_factory):
     )
     transformer.init_weights(gamma=0.5, head=1.0)
     with written_aside(directory) as aside:
-        save_model(aside, transformer, Description("transformer", list(CLASSES), str(tokenizer)))
+        known = fingerprint(load_tokenizer(tokenizer))
+        save_model(aside, transformer, Description("transformer", list(CLASSES), str(tokenizer), tokenizer_hash=known))
     return directory
 
 
@@ -110,7 +114,7 @@ def test_an_image_depends_on_seed_and_number_alone(checkpoint, tmp_path, command
     for n in range(21):
         name = f"{n:06d}_class0001.png"
         assert (tmp_path / "21" / name).read_bytes() == (tmp_path / "40" / name).read_bytes()
-    assert json.loads((tmp_path / "40.json").read_text())["num"] == 40
+    assert json.loads((tmp_path / "40.settings.json").read_text())["num"] == 40
 
 
 def test_an_unfinished_dump_of_other_settings_is_refused(checkpoint, tmp_path, command, monkeypatch):
@@ -127,6 +131,57 @@ def test_an_unfinished_dump_of_other_settings_is_refused(checkpoint, tmp_path, c
     assert code == 1
     assert "an unfinished dump with precision float32 is there, this command has bfloat16" in errors
     assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "s.npz"))[0] == 0
+
+
+@pytest.mark.parametrize("form", ["npz", "png"])
+@pytest.mark.parametrize("damage", ["empty", "torn", "zeros"])
+def test_parts_count_by_their_content(form, damage, checkpoint, tmp_path, command, monkeypatch):
+    """A loss of power may leave a name without its content; the same command makes what is missing."""
+    flags = ["--ckpt", checkpoint, f"--format={form}", "--num=40", "--seed=3", "--precision=float32"]
+    ending = ".npz" if form == "npz" else ""
+    assert command(*flags, "--out", tmp_path / f"whole{ending}")[0] == 0
+
+    def fail(dump):
+        raise OSError("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample.Dump, "finish", fail)
+        assert command(*flags, "--out", tmp_path / f"cut{ending}")[0] == 1
+    part = tmp_path / ".cut.npz.parts" / "000001.npy" if form == "npz" else tmp_path / "cut" / "000020_class0001.png"
+    content = part.read_bytes()
+    damaged = {"empty": b"", "torn": content[: len(content) // 2], "zeros": content[:-200] + bytes(200)}[damage]
+    part.write_bytes(damaged)
+    code, _, errors = command(*flags, "--out", tmp_path / f"cut{ending}")
+    assert code == 0, errors
+    if form == "npz":
+        assert (tmp_path / "cut.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    else:
+        for path in (tmp_path / "whole").iterdir():
+            assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+
+
+def test_a_failed_start_does_not_block_the_corrected_command(checkpoint, tmp_path, command, monkeypatch):
+    def fail(*arguments):
+        raise ValueError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "make_sampler", fail)
+        assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "s.npz", "--cfg=9"))[0] == 1
+    assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "s.npz"))[0] == 0
+
+
+def test_overwrite_wins_over_what_is_unfinished(checkpoint, tmp_path, command, monkeypatch):
+    def fail(dump):
+        raise OSError("interrupted")
+
+    flags = ["--ckpt", checkpoint, "--format=png", "--num=3", "--out", tmp_path / "s"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sample.Dump, "finish", fail)
+        assert command(*flags, "--seed=1")[0] == 1
+    assert command(*flags)[0] == 1
+    assert command(*flags, "--overwrite")[0] == 0
+    assert json.loads((tmp_path / "s.settings.json").read_text())["seed"] == 0
+    assert len(list((tmp_path / "s").iterdir())) == 3
 
 
 def test_a_full_disk_ends_a_dump_with_one_line(checkpoint, tmp_path, command, monkeypatch):
@@ -283,11 +338,64 @@ def test_released_files_are_sampled_too(tmp_path, command):
         ("fox, none", [1, 4]),
         ("tench, Tinca tinca", [2]),
         ('"tench, Tinca tinca",0', [2, 0]),
-        ("3", [3]),  # a label, although class 0 is called so
+        ("label:3,name:3", [3, 0]),
+        ("name:fox,label:none", [1, 4]),
     ],
 )
 def test_classes_are_labels_or_names(text, labels):
     assert sample.parse_classes(text, ["3", "fox", "tench, Tinca tinca", "ape"], 4) == labels
+
+
+def test_a_number_that_is_a_label_and_another_name_is_refused():
+    """Folders named 0 ... 11 are sorted as words: label 2 is folder 10."""
+    names = sorted(map(str, range(12)))
+    assert sample.parse_classes("0,1", names, 12) == [0, 1]
+    with pytest.raises(
+        ValueError, match="2 is the label of class '10' and the name of the class with label 4: give label:2 or"
+    ):
+        sample.parse_classes("2", names, 12)
+    assert sample.parse_classes("label:2,name:2", names, 12) == [2, 4]
+
+
+def test_it_is_told_which_classes_the_labels_are(checkpoint, tmp_path, command):
+    code, _, errors = command("--ckpt", checkpoint, "--out", tmp_path / "grid.png", "--classes=fox,0", "--num=2")
+    assert code == 0
+    assert "classes: label 2 = 'fox', label 0 = 'cat'" in errors
+
+
+def test_another_tokenizer_of_the_same_shapes_is_refused(checkpoint, tokenizer, tmp_path, command):
+    torch.manual_seed(9)
+    other = VQVAE(TINY_TOKENIZER)
+    other.init_weights()
+    with written_aside(tmp_path / "other") as aside:
+        save_model(aside, other, Description("tokenizer"))
+    flags = ["--ckpt", checkpoint, "--vae", tmp_path / "other", "--num=1", "--classes=0", "--out", tmp_path / "a.png"]
+    code, _, errors = command(*flags)
+    assert code == 1
+    assert "was trained on tokens of a tokenizer with hash" in errors
+    assert "give that one, or --any_tokenizer" in errors
+    assert not (tmp_path / "a.png").exists()
+    assert command(*flags, "--any_tokenizer")[0] == 0
+
+
+def test_a_relative_tokenizer_is_found_beside_the_run(tokenizer, tmp_path, command, monkeypatch):
+    shutil.copytree(tokenizer, tmp_path / "home" / "out" / "vae")
+    torch.manual_seed(0)
+    transformer = build_transformer(
+        "mvar", 1, sides=TINY_TOKENIZER.sides, width=64, heads=1, num_classes=3, num_codes=32, code_dim=8
+    )
+    with written_aside(tmp_path / "home" / "out" / "run") as aside:
+        save_model(aside, transformer, Description("transformer", list(CLASSES), "out/vae"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    flags = ["--num=1", "--classes=0", "--out", tmp_path / "a.png"]
+    code, _, errors = command("--ckpt", tmp_path / "home" / "out" / "run", *flags)
+    assert code == 0, errors
+    (tmp_path / "home" / "out" / "run").rename(tmp_path / "alone")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, _, errors = command("--ckpt", tmp_path / "alone", *flags, "--overwrite")
+    assert code == 1
+    assert "alone names its tokenizer out/vae, which cannot be had: give --vae" in errors
 
 
 def test_scales_end_with_the_image_in_smooth_mode_too(checkpoint, tokenizer):
@@ -325,10 +433,14 @@ def test_an_overwritten_folder_keeps_no_older_images(checkpoint, tmp_path, comma
         (["--top_k=1.5"], "--top_k=1.5: give a whole number"),
         (["--cfg=1.5,1.5"], "has a value twice"),
         (["--batch=0"], "--batch=0"),
+        (["--seed=-1"], "--seed=-1: give a whole number from 0"),
+        (["--out=/dev/null/a.png"], "/dev/null/a.png: /dev/null is a file and no folder: give another name"),
+        (["--out=a.psd"], "a.psd: is to be a picture: give a name that ends in .png"),
+        (["--cfg=1e38", "--num=1", "--classes=0"], "logits are not finite"),
         (["--precision=half"], "precision 'half': give one of float32, tf32, bfloat16, float16"),
         (["--precision=tf32,float32"], "tf32 is a setting of the whole process"),
         (["--format=gif"], "invalid choice: 'gif'"),
-        (["--out=/tmp/picture"], "writes a picture: give a name that ends in .png"),
+        (["--out=/tmp/picture"], "/tmp/picture: is to be a picture: give a name that ends in .png"),
         (["--out=/tmp", "--format=npz"], "/tmp: is a directory"),
         (["--scan_backend=mamba_ssm"], "scan backend mamba_ssm"),
         pytest.param(

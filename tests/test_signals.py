@@ -11,7 +11,7 @@ from utils import signals
 from utils.signals import StopRequest
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", signals.SIGNALS)
 def test_the_first_signal_is_remembered(number):
     usual = signal.getsignal(number)
     with StopRequest() as stop:

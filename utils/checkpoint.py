@@ -5,6 +5,8 @@ Our format is described and written by models/storage.py: model.safetensors and 
 utils/official.py.
 """
 
+import json
+import sys
 from pathlib import Path
 
 from models.hub import HubName, download
@@ -31,6 +33,7 @@ from utils.runs.shards import SHARDS, is_sharded, read_shards
 
 __all__ = [
     "Description",
+    "find_tokenizer",
     "is_ours",
     "load_description",
     "load_fitting_tokenizer",
@@ -42,6 +45,7 @@ __all__ = [
     "released_tokenizer",
     "released_transformer",
     "save_model",
+    "unwrapped",
     "weights_hash",
     "write_tensors",
 ]
@@ -60,7 +64,7 @@ def load_tokenizer(source: str | Path, sides: tuple | None = None, ema: bool = T
         if not Path(source).is_file():  # a file that is named is the file that is loaded
             path = weights_file(path.parent, averaged=ema)
         return read_model(VQVAE, path, **({} if sides is None else {"sides": sides}))
-    return released_tokenizer(read_tensors(path), sides, path)
+    return released_tokenizer(unwrapped(read_tensors(path), path), sides, path)
 
 
 def released_tokenizer(tensors: dict, sides: tuple | None, path: Path) -> VQVAE:
@@ -72,6 +76,17 @@ def released_tokenizer(tensors: dict, sides: tuple | None, path: Path) -> VQVAE:
 def load_tokenizer_for(source: str | Path, pyramid: Pyramid) -> VQVAE:
     """A tokenizer for a pyramid: released ones serve any, ours the one they were trained with, whatever was asked for."""
     return load_tokenizer(source, None if is_ours(locate(source, wanted="tokenizer")) else pyramid.sides)
+
+
+def find_tokenizer(named: str, checkpoint: str | Path) -> str:
+    """Where the tokenizer is that a checkpoint names: as it says, or below or beside a folder around the checkpoint."""
+    here = Path(checkpoint)
+    if here.exists() and not Path(named).exists() and not Path(named).is_absolute():
+        for folder in (here.resolve(), *here.resolve().parents):
+            for path in (folder / named, folder / Path(named).name):
+                if path.exists():
+                    return str(path)
+    return named
 
 
 def load_fitting_tokenizer(source: str, pn: str) -> VQVAE:
@@ -98,7 +113,7 @@ def load_transformer(source: str | Path, family: str | None = None, ema: bool = 
     """
     path = locate(source, wanted="transformer")
     if not is_ours(path):
-        return released_transformer(read_tensors(path), family, path)
+        return released_transformer(unwrapped(read_tensors(path), path), family, path)
     changes = {}
     if family is not None:
         changes["blocks"] = (family,) * read_config(path.parent, ScaleTransformer).depth
@@ -116,6 +131,14 @@ def released_transformer(tensors: dict, family: str | None, path: Path) -> Scale
     return fill_(ScaleTransformer(config), weights, path, official.describe(list(tensors)))
 
 
+def unwrapped(contents: dict, path: Path) -> dict:
+    """The tensors in what people's files have around them; what is taken off is told on stderr."""
+    tensors, layers = official.unwrap(contents)
+    if layers:
+        print(f"{path}: took the tensors out of {', '.join(layers)}", file=sys.stderr)
+    return tensors
+
+
 def load_description(source: str | Path) -> Description | None:
     """What the config.json of our checkpoint says beside the model; None for a released file."""
     path = locate(source, wanted="checkpoint")
@@ -124,7 +147,16 @@ def load_description(source: str | Path) -> Description | None:
 
 def is_ours(path: Path) -> bool:
     """Whether a weights file, or the folder of shards, is part of a checkpoint of this project; else it is a released one."""
-    return (path.suffix == ".safetensors" or path.name == SHARDS) and path.with_name(CONFIG).exists()
+    return (path.suffix == ".safetensors" or path.name == SHARDS) and describes_ours(path.with_name(CONFIG))
+
+
+def describes_ours(config: Path) -> bool:
+    """Whether a config.json is one of this project; others have one beside released tensors, too."""
+    try:
+        values = json.loads(config.read_text())
+    except (OSError, ValueError):
+        return config.exists()  # a damaged one is told by what reads it
+    return isinstance(values, dict) and not values.keys().isdisjoint(("kind", "model"))
 
 
 def locate(source: str | Path, wanted: str) -> Path:

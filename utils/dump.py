@@ -2,14 +2,15 @@
 
 A cohort is a file of its own until all are there; then they become one .npz in a shuffled order (evaluators cut what they get
 into consecutive parts, so the Inception score of a class-sorted dump is too low), or they are PNG files already. Cohorts do not
-depend on who computes them.
+depend on who computes them. What is there counts by its content: size and checksum, not by its name.
 """
 
 import json
 import os
 import shutil
 import zipfile
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,14 @@ class Dump:
     """Where a dump goes and what is in it.
 
     out: an .npz file, or a directory of PNG files. labels: of every image. cohort: images that are computed together.
-    settings: everything that the images depend on, kept with them.
+    settings: everything that the images depend on, kept with them. whole: cohorts that have been found to be whole.
     """
 
     out: Path
     labels: list[int]
     cohort: int
     settings: dict
+    whole: set[int] = field(default_factory=set, compare=False)
 
     @property
     def parts(self) -> Path:
@@ -58,8 +60,8 @@ class Dump:
         """Note what is being made. ValueError, and nothing changed, where something else was begun there."""
         plan = self.parts / PLAN
         if plan.exists():
-            other = self._other(json.loads(plan.read_text()))
-            if other:
+            other = self._other(read_settings(plan) or {})
+            if other and self._has_begun():
                 raise ValueError(
                     f"{self.out}: an unfinished dump with {other}: give what it was begun with, or remove {self.parts}"
                 )
@@ -68,24 +70,34 @@ class Dump:
             self.out.mkdir(exist_ok=True)
         replace_text(plan, json.dumps(self.settings) + "\n")
 
+    def remove(self) -> None:
+        """What is left of an unfinished dump of other settings; nothing of it may be taken for this one's."""
+        plan = self.parts / PLAN
+        if plan.exists() and self._other(read_settings(plan) or {}):
+            shutil.rmtree(self.parts)
+            for old in self.out.glob("[0-9]*_class*.png") if self.out.is_dir() else ():
+                old.unlink()
+
     def missing(self) -> list[int]:
         """Cohorts that are not there yet, or not whole."""
-        files = {path.name for path in (self.parts if self.is_npz else self.out).iterdir()}
-        if self.is_npz:
-            return [cohort for cohort in self._cohorts() if f"{cohort:06d}.npy" not in files]
-        return [cohort for cohort in self._cohorts() if not all(self._png(n) in files for n in self.numbers(cohort))]
+        is_whole = self._is_whole_npy if self.is_npz else self._are_whole_pngs
+        self.whole.update(cohort for cohort in self._cohorts() if cohort not in self.whole and is_whole(cohort))
+        return [cohort for cohort in self._cohorts() if cohort not in self.whole]
 
     def write(self, cohort: int, images: np.ndarray) -> None:
         """images (B, H, W, 3) uint8 of one cohort."""
         if self.is_npz:
-            aside = self.parts / f".{cohort:06d}.writing.npy"
+            replace_text(self._checksum(cohort), f"{zlib.crc32(np.ascontiguousarray(images)):08x}\n")
+            # of this process: one that outlives a killed torchrun may write the same cohort
+            aside = self.parts / f".{cohort:06d}.{os.getpid()}.npy"
             np.save(aside, images, allow_pickle=False)
-            os.replace(aside, self.parts / f"{cohort:06d}.npy")
-            return
-        for n, image in zip(self.numbers(cohort), images, strict=True):
-            aside = self.parts / f"{self._png(n)}"
-            Image.fromarray(image).save(aside)
-            os.replace(aside, self.out / self._png(n))
+            rename_to_disk(aside, self.parts / f"{cohort:06d}.npy")
+        else:
+            for n, image in zip(self.numbers(cohort), images, strict=True):
+                aside = self.parts / f"{os.getpid()}.{self._png(n)}"
+                Image.fromarray(image).save(aside)
+                rename_to_disk(aside, self.out / self._png(n))
+        self.whole.add(cohort)
 
     def finish(self) -> None:
         """Put the cohorts together, once none is missing."""
@@ -94,6 +106,27 @@ class Dump:
         else:
             replace_text(_settings_beside(self.out), json.dumps(self.settings, indent=1) + "\n")
         shutil.rmtree(self.parts)
+
+    def _checksum(self, cohort: int) -> Path:
+        return self.parts / f"{cohort:06d}.crc32"
+
+    def _is_whole_npy(self, cohort: int) -> bool:
+        path = self.parts / f"{cohort:06d}.npy"
+        if not path.exists() or not self._checksum(cohort).exists():
+            return False
+        try:
+            images = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return False
+        return f"{zlib.crc32(images):08x}" == self._checksum(cohort).read_text().strip()
+
+    def _are_whole_pngs(self, cohort: int) -> bool:
+        return all(is_whole_png(self.out / self._png(n)) for n in self.numbers(cohort))
+
+    def _has_begun(self) -> bool:
+        """Whether there is anything but a plan, of whatever settings."""
+        images = self.out.glob("[0-9]*_class*.png") if self.out.is_dir() else ()
+        return any(self.parts.glob("[0-9]*")) or any(images)
 
     def _write_npz(self) -> None:
         """arr_0 (N, H, W, 3) uint8, labels (N,) and settings, image after image."""
@@ -130,7 +163,7 @@ def finished_settings(out: Path) -> dict | None:
     """The settings that a finished dump carries; None where there is no dump, or one of other code."""
     try:
         if out.is_dir():
-            return json.loads(_settings_beside(out).read_text())
+            return read_settings(_settings_beside(out)) or read_settings(out.with_name(f"{out.name}.json"))  # of earlier code
         if not zipfile.is_zipfile(out):
             return None
         with np.load(out, allow_pickle=False) as archive:
@@ -142,7 +175,33 @@ def finished_settings(out: Path) -> dict | None:
 def begun_settings(out: Path) -> dict | None:
     """The settings of a dump that is there, unfinished or finished; None where there is none, or one of other code."""
     plan = _parts_beside(out) / PLAN
-    return json.loads(plan.read_text()) if plan.exists() else finished_settings(out)
+    return read_settings(plan) if plan.exists() else finished_settings(out)
+
+
+def read_settings(path: Path) -> dict | None:
+    """The settings of a dump in a file; None where there is none, or something else such as scores."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) and {"format", "uint8"} <= values.keys() else None
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a PNG file is there whose parts all have their checksums."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+            return True
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
+def rename_to_disk(aside: Path, target: Path) -> None:
+    """A name that is there after a loss of power has its content, too."""
+    with open(aside, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, target)
 
 
 def _parts_beside(out: Path) -> Path:
@@ -150,4 +209,4 @@ def _parts_beside(out: Path) -> Path:
 
 
 def _settings_beside(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.json")
+    return folder.with_name(f"{folder.name}.settings.json")

@@ -28,6 +28,17 @@ def replace_file(target: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path) -> None:
+    """ValueError before anything is computed where a file or folder of this name could not be made."""
+    existing = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+    if existing == Path(path).absolute():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(f"{path}: {existing} is a file and no folder: give another name")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: {existing} may not be written to: give another name, or its rights")
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

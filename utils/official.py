@@ -7,6 +7,7 @@ values. Any other name is an error.
 
 import math
 import re
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -73,6 +74,20 @@ TOKENIZER_DROPPED = [r"quantize\.ema_vocab_hit_SV"]
 # where training checkpoints keep the weights
 TRANSFORMER_NESTS = ("trainer.var_wo_ddp", "trainer.mvar_wo_ddp", "var_wo_ddp", "mvar_wo_ddp")
 TOKENIZER_NESTS = ("trainer.vae_local", "vae_local")
+# what others have around a state dict, averaged weights first
+NESTS = (
+    "ema",
+    "model_ema",
+    "params_ema",
+    "ema_state_dict",
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "params",
+    "net",
+)
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "var.", "vae.", "transformer.")
 
 
 def unnest(contents: dict, paths: tuple[str, ...]) -> dict:
@@ -84,6 +99,31 @@ def unnest(contents: dict, paths: tuple[str, ...]) -> dict:
         if isinstance(inner, dict):
             return inner
     return contents
+
+
+def unwrap(contents: dict) -> tuple[dict, list[str]]:
+    """What people's files have around a state dict taken off, and what that was.
+
+    Dictionaries around it, such as {"model": ...} or {"state_dict": ...}, and beginnings that all names share, of wrappers such
+    as `module.`. Training checkpoints of the released code stay as they are: `unnest` knows what of them is wanted.
+    """
+    layers: list[str] = []
+    while True:
+        known = {name for path in (*TRANSFORMER_NESTS, *TOKENIZER_NESTS) for name in path.split(".")}
+        nest = next((name for name in NESTS if isinstance(contents.get(name), dict)), None)
+        if nest is None or known & contents.keys():
+            break
+        contents = contents[nest]
+        layers.append(repr(nest))
+    while prefix := next((prefix for prefix in PREFIXES if _all_begin(contents, prefix)), None):
+        contents = {name.removeprefix(prefix): value for name, value in contents.items()}
+        layers.append(f"names that begin with {prefix}")
+    return contents, layers
+
+
+def _all_begin(names: Iterable[str], prefix: str) -> bool:
+    names = list(names)
+    return bool(names) and all(isinstance(name, str) and name.startswith(prefix) for name in names)
 
 
 def holds_transformer(contents: dict) -> bool:

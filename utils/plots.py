@@ -8,9 +8,12 @@ matplotlib.use("Agg")  # no display needed
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+FONT = font_manager.findfont("DejaVu Sans")  # comes with matplotlib; Pillow's own has few letters beyond English
 GAP = 2  # pixels between images
 FEW_POINTS = 40  # a line of fewer points shows them
 SMALLEST = 64  # images are enlarged to at least this many pixels
@@ -26,12 +29,26 @@ def to_bytes(images: Tensor) -> Tensor:
     return images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).contiguous()
 
 
+def check_picture(path: str | Path) -> None:
+    """ValueError for a name whose ending is of no format that Pillow writes."""
+    Image.init()
+    ending = Path(path).suffix.lower()
+    if Image.registered_extensions().get(ending) not in Image.SAVE:
+        raise ValueError(f"{path}: is to be a picture: give a name that ends in .png")
+
+
+def drawable(names: list[str]) -> list[str]:
+    """Names as they can be drawn: the number of one that has a letter which the font lacks."""
+    letters = FT2Font(FONT).get_charmap()  # by code point
+    return [name if all(ord(letter) in letters for letter in name) else str(number) for number, name in enumerate(names)]
+
+
 def grid(rows: list[np.ndarray], labels: list[str], heads: list[str] | None = None) -> Image.Image:
     """Rows of uint8 images (N, H, W, 3), each with a label at its left, and heads over the columns."""
     height, width = rows[0].shape[1:3]
     zoom = -(-SMALLEST // min(height, width))
     height, width = height * zoom, width * zoom
-    font = ImageFont.load_default(size=14)
+    font = ImageFont.truetype(FONT, size=14)
     margin = max([0] + [round(font.getlength(label)) + 12 for label in labels])
     top = 22 if heads else 0
     columns = max(len(row) for row in rows)

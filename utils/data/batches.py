@@ -1,6 +1,8 @@
 """Which images or tokens each step and rank gets, a function of (seed, step) alone, and images loaded in that order."""
 
+import atexit
 import functools
+import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -13,8 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from utils.data.images import Images
-from utils.signals import ignore_requests
+from utils.signals import check_stopped, ignore_requests
 
+LOOK_EVERY = 5.0  # seconds, for a request to stop, while a batch is waited for
+LONGEST_WAIT = 300.0  # seconds for a batch
+ENDED = "see that there is memory enough, and files enough may be open (ulimit -n), or give fewer --workers"
+STUCK = (
+    "the disk may hang, or shared memory (/dev/shm) may be full: give containers more of it (docker --shm-size=8g), "
+    "or give --workers=0"
+)
 MOST_WORKERS = 16  # of one rank, where their number is not given
 
 
@@ -97,6 +106,17 @@ def worker_count(workers: int | Literal["auto"]) -> int:
     return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 0), MOST_WORKERS)
 
 
+@functools.cache  # once
+def _end_workers_at_exit() -> None:
+    """Python ends what is left of its workers by SIGTERM, which they ignore, and then waits for them."""
+
+    def kill() -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    atexit.register(kill)  # before multiprocessing's own, which was registered earlier
+
+
 def _leave_signals_to_the_trainer(worker: int) -> None:
     ignore_requests()
 
@@ -104,7 +124,11 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 def batches_at(
     images: Images, batches: Iterable[tuple[np.ndarray, np.ndarray]], workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images (B, 3, h, w), labels (B,)) for each (positions, indices); ValueError names a file that cannot be read."""
+    """(images (B, 3, h, w), labels (B,)) for each (positions, indices).
+
+    ValueError names a file that cannot be read, OSError says what became of the workers where no batch comes, and Stopped is
+    raised where a stop is requested while one is waited for.
+    """
     loader = DataLoader(
         images,
         batch_sampler=_Batches(batches),
@@ -113,11 +137,32 @@ def batches_at(
         worker_init_fn=_leave_signals_to_the_trainer,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or opening a loader would draw from the generator that seeds the training step
+        timeout=LOOK_EVERY if workers else 0,
     )
-    for batch in loader:
+    if workers:
+        _end_workers_at_exit()
+    loaded, waited = iter(loader), 0.0
+    while True:
+        try:
+            batch = next(loaded)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "timed out" not in str(error):  # in the words of torch, on which nothing but this depends
+                raise OSError(f"a process that loads images has ended ({_in_a_line(error)}): {ENDED}") from error
+            waited += LOOK_EVERY
+            check_stopped()
+            if waited >= LONGEST_WAIT:
+                raise OSError(f"no batch of images for {waited:.0f} seconds: {STUCK}") from error
+            continue
         if isinstance(batch, ValueError):
             raise batch
+        waited = 0.0
         yield batch
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def train_batches(

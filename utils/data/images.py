@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2 as transforms
+
+from utils.data.pictures import EXTENSIONS, WHITE, background_colour, find_pictures, is_of_a_system, read_picture
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class ImageFiles:
 def read_folders(root: str | Path) -> tuple[ImageFiles, ImageFiles]:
     """The splits train/ and val/ under `root`.
 
-    FileNotFoundError where a folder is missing, ValueError where one is empty, holds a file that is no image (by its name;
-    hidden files are passed over), or val/ has a class that train/ lacks.
+    FileNotFoundError where a folder is missing, ValueError where one is empty, holds a file that is no image (by its name), or
+    val/ has a class that train/ lacks. Hidden files and folders, and those that systems make, are passed over.
     """
     check_root(root)
     train, val = (_read_split(Path(root), split) for split in ("train", "val"))
@@ -51,22 +51,30 @@ def check_root(root: str | Path) -> None:
 
 
 def _read_split(root: Path, split: str) -> ImageFiles:
-    if not any(entry.is_dir() for entry in os.scandir(root / split)):
-        raise ValueError(f"{root / split}: no class folders in it; images belong into {split}/<class>/*")
-    files = ImageFolder(str(root / split), is_valid_file=_is_image, allow_empty=True)
-    empty = sorted(set(range(len(files.classes))) - set(files.targets))
-    if empty:
-        raise ValueError(f"{root / split / files.classes[empty[0]]}: no images in it: add some or remove the folder")
-    return ImageFiles([path for path, _ in files.samples], files.targets, files.classes)
+    folder = root / split
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_of_a_system(entry.name))
+    if not names:
+        raise ValueError(f"{folder}: no class folders in it; images belong into {split}/<class>/*")
+    loose = [entry.name for entry in os.scandir(folder) if is_loose(entry)]
+    if loose:
+        raise ValueError(f"{folder / min(loose)}: lies beside the class folders: move it into one, or remove it")
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        found = find_pictures(folder / name)
+        if found.strangers:
+            endings = ", ".join(EXTENSIONS)
+            raise ValueError(f"{folder / name / found.strangers[0]}: not an image file ({endings}): remove it from the folder")
+        if not found.pictures:
+            raise ValueError(f"{folder / name}: no images in it: add some or remove the folder")
+        paths += [os.path.join(folder, name, picture) for picture in found.pictures]
+        labels += [label] * len(found.pictures)
+    return ImageFiles(paths, labels, names)
 
 
-def _is_image(path: str) -> bool:
-    name = os.path.basename(path)
-    if name.startswith("."):
-        return False
-    if not name.lower().endswith(IMG_EXTENSIONS):
-        raise ValueError(f"{path}: not an image file ({', '.join(IMG_EXTENSIONS)}): remove it from the folder")
-    return True
+def is_loose(entry: os.DirEntry) -> bool:
+    """Whether this is a picture, where folders of pictures should be."""
+    return not is_of_a_system(entry.name) and entry.name.lower().endswith(EXTENSIONS) and entry.is_file()
 
 
 def check_resize(factor: float) -> None:
@@ -79,13 +87,21 @@ class Images(Dataset):
     """Images (3, pixels, pixels) in [-1, 1] with their labels.
 
     Shorter side resized to resize * pixels (Lanczos), then a random crop (`augment`) or the centre. Items are asked for by
-    (position, index): the position in the run seeds the crop, so a resumed run sees the same crops.
+    (position, index): the position in the run seeds the crop, so a resumed run sees the same crops. background: what shows
+    through where a picture is transparent.
     """
 
     def __init__(
-        self, files: ImageFiles, pixels: int, resize: float = 1.125, augment: bool = False, flip: bool = False, seed: int = 0
+        self,
+        files: ImageFiles,
+        pixels: int,
+        resize: float = 1.125,
+        augment: bool = False,
+        flip: bool = False,
+        seed: int = 0,
+        background: str = WHITE,
     ):
-        self.files = files
+        self.files, self.background = files, background_colour(background)
         self.seed = seed
         self.random = augment or flip
         crop = transforms.RandomCrop if augment else transforms.CenterCrop
@@ -103,18 +119,21 @@ class Images(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int] | ValueError:
         position, index = item
+        path = self.files.paths[index]
         try:
-            with Image.open(self.files.paths[index]) as file:
-                image = file.convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            # handed over as a value: raised inside a worker it would arrive wrapped in the worker's traceback
-            return ValueError(f"{self.files.paths[index]}: not a readable image ({error}): repair or remove it")
-        if not self.random:
-            pixels = self.transform(image)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                # torch.manual_seed would seed the GPUs too, under the feet of the training step
-                seed = int(np.random.SeedSequence((self.seed, position)).generate_state(1, np.uint64)[0]) >> 1
-                torch.default_generator.manual_seed(seed)
-                pixels = self.transform(image)
+            pixels = self._prepared(read_picture(path, self.background), position)
+        except ValueError as error:  # handed over as a value: raised inside a worker it would come in the worker's traceback
+            return error
+        except Exception as error:
+            return ValueError(f"{path}: cannot be brought to size ({error or type(error).__name__}): repair or remove it")
         return pixels.float() / 127.5 - 1, self.files.labels[index]
+
+    def _prepared(self, image: Image.Image, position: int) -> Tensor:
+        """(3, pixels, pixels) uint8."""
+        if not self.random:
+            return self.transform(image)
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would seed the GPUs too, under the feet of the training step
+            seed = int(np.random.SeedSequence((self.seed, position)).generate_state(1, np.uint64)[0]) >> 1
+            torch.default_generator.manual_seed(seed)
+            return self.transform(image)

@@ -31,18 +31,19 @@ class FolderData:
     """Images from folders, to be encoded by a tokenizer as they come.
 
     root: directory with train/ and val/; pixels: their final side; resize: they are resized to this times it, then cropped, of
-    the training half at random; flip: half of these are mirrored; workers: processes that load them.
+    the training half at random; flip: half of these are mirrored; workers: processes that load them; background: what shows
+    through transparent ones.
     """
 
     views = 1
     mend = "give more --workers, or let a transformer train on tokens made once (scripts/cache_tokens.py)"
 
-    def __init__(self, root: str | Path, pixels: int, resize: float, flip: bool, seed: int, workers: int):
+    def __init__(self, root: str | Path, pixels: int, resize: float, flip: bool, seed: int, workers: int, background: str):
         train, val = read_folders(root)
         self.class_names, self.size, self.val_size = train.class_names, len(train.paths), len(val.paths)
         self.pixels, self.resize, self.workers = pixels, resize, workers
-        self.train = Images(train, pixels, resize, augment=True, flip=flip, seed=seed)
-        self.val = Images(val, pixels, resize)
+        self.train = Images(train, pixels, resize, augment=True, flip=flip, seed=seed, background=background)
+        self.val = Images(val, pixels, resize, background=background)
 
     def train_batches(self, order: TrainOrder, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         return train_batches(self.train, order, first_step, last_step, self.workers)

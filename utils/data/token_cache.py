@@ -23,6 +23,7 @@ from models.storage import from_dict, weights_hash
 from models.tokenizer import TOKEN_PARTS, VQVAE
 from utils.data.batches import TrainOrder, in_order
 from utils.data.images import ImageFiles
+from utils.data.pictures import WHITE
 from utils.files import replace_text, sha256
 
 SPLITS = ("train", "val")
@@ -55,7 +56,7 @@ class Plan:
     sides, num_codes: of the tokenizer; tokenizer: where it came from; fingerprint: hash of its weights. pixels, resize,
     augment, flip, seed: how images are prepared (resized to resize * pixels, then cut out; validation images always from the
     middle); views: encodings per training image, one after another. rows, rows_per_shard: by split. listing: SHA-256 of file
-    names and labels. precision: that of the tokenizer's encoder.
+    names and labels. precision: that of the tokenizer's encoder. background: what shows through transparent pictures.
     """
 
     sides: list
@@ -74,6 +75,7 @@ class Plan:
     listing: str
     _: KW_ONLY
     precision: str = "float32"
+    background: str = WHITE
 
     @property
     def pyramid(self) -> Pyramid:

@@ -15,6 +15,7 @@ from models.transformer import ScaleTransformer
 from utils import plots
 from utils.data.batches import val_batches
 from utils.data.images import ImageFiles, Images, read_folders
+from utils.data.pictures import WHITE
 from utils.metrics.distances import frechet_distance
 from utils.metrics.features import load_extractor
 from utils.metrics.image_sets import Gaussian
@@ -28,14 +29,18 @@ class Fidelity:
     """Compares samples, or decoded training images, with all held-out images; and as many training images likewise.
 
     root: directory with train/ and val/. count: samples. pixels, resize: how images are prepared, as for training, but cut out
-    of the middle. Every rank makes and looks at its share, and reads its images with so many workers.
+    of the middle; background: what shows through transparent ones. Every rank makes and looks at its share, and reads its
+    images with so many workers.
     """
 
-    def __init__(self, root: str | Path, count: int, pixels: int, resize: float, workers: int, ranks: Ranks):
+    def __init__(
+        self, root: str | Path, count: int, pixels: int, resize: float, workers: int, ranks: Ranks, background: str = WHITE
+    ):
         self.train, self.val = read_folders(root)
         if len(self.val.paths) < 2:
             raise ValueError(f"{root}/val: holds 1 image, a distance needs more: add some, or give --val_fd=0")
-        self.count, self.pixels, self.resize, self.workers, self.ranks = count, pixels, resize, workers, ranks
+        self.count, self.pixels, self.resize, self.background = count, pixels, resize, background
+        self.workers, self.ranks = workers, ranks
         self.labels = [n * len(self.val.class_names) // count for n in range(count)]
         self.extractor = load_extractor("efflite0", device=ranks.device)
 
@@ -59,7 +64,7 @@ class Fidelity:
         return measure_batches(self.extractor, batches, source, self.ranks, keep_features=False).statistics.pooled
 
     def _batches(self, files: ImageFiles, change: Callable[[Tensor], Tensor] | None) -> Iterator[np.ndarray]:
-        images = Images(files, self.pixels, self.resize)
+        images = Images(files, self.pixels, self.resize, background=self.background)
         size, ranks = batch_size(self.extractor), self.ranks
         for batch, _ in val_batches(images, size, ranks.rank, ranks.world, self.workers):
             batch = batch if change is None else change(batch.to(ranks.device))

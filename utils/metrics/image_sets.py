@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from utils.data.pictures import EXTENSIONS, WHITE, background_colour, find_pictures, read_picture
+
 ORIGIN = ("extractor", "fingerprint", "count", "height", "width")  # of statistics: what they are of
-PICTURES = (".png", ".jpg", ".jpeg")
 READERS = min(os.cpu_count() or 1, 8)  # threads that decode pictures
 AT_ONCE = 4 * READERS  # pictures in memory that have not been asked for yet
 # What zipfile and NumPy raise on archives that are damaged or something else altogether.
@@ -94,12 +95,14 @@ class NpzImages(_InBatches):
 
 @dataclass(frozen=True)
 class FolderImages(_InBatches):
-    """Pictures of a folder and the folders in it, in the order of their paths."""
+    """Pictures of a folder and the folders in it, in the order of their paths, and how many other files lie among them."""
 
     source: str
     paths: list[Path]
     height: int
     width: int
+    background: tuple[int, int, int] = (255, 255, 255)
+    strangers: int = 0
 
     @property
     def count(self) -> int:
@@ -117,7 +120,8 @@ class FolderImages(_InBatches):
         """The same, each of the size it has; a few are read at once, which keeps a GPU busier."""
         with ThreadPoolExecutor(READERS) as readers:
             for start in range(0, len(rows), AT_ONCE):
-                yield from readers.map(read_picture, [self.paths[row] for row in rows[start : start + AT_ONCE]])
+                paths = [self.paths[row] for row in rows[start : start + AT_ONCE]]
+                yield from map(np.asarray, readers.map(lambda path: read_picture(path, self.background), paths))
 
 
 @dataclass(frozen=True)
@@ -185,41 +189,60 @@ class Reference(NamedTuple):
 ImageSet = NpzImages | FolderImages | FittedImages
 
 
-def open_images(source: str | Path) -> ImageSet:
-    """The images of an .npz (arr_0, or else its first array of images) or of a folder of PNG and JPEG.
+def open_images(source: str | Path, background: str = WHITE, array_name: str = "") -> ImageSet:
+    """The images of an .npz (of the array named, of arr_0, or of its only array of images) or of a folder of pictures.
 
-    FileNotFoundError where there is nothing, ValueError, in one line, where what is there are no 8-bit RGB images of one size.
+    background: what shows through where pictures of a folder are transparent. FileNotFoundError where there is nothing,
+    ValueError, in one line, where what is there are no 8-bit RGB images of one size, or several arrays of them.
     """
     path = Path(source)
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, background_colour(background))
     arrays = read_arrays(path)
-    array = next((array for array in arrays if array.name == "arr_0"), None)
-    if array is None:
-        array = next((array for array in arrays if array.is_images), None)
+    array = next((array for array in arrays if array.name == (array_name or "arr_0")), None)
+    if array is None and not array_name:
+        candidates = [array for array in arrays if array.is_images]
+        if len(candidates) > 1:
+            names = ", ".join(map(str, candidates))
+            raise ValueError(f"{path}: has several arrays of images, {names}, and no arr_0: give --array={candidates[0].name}")
+        array = candidates[0] if candidates else None
     if array is None or not array.is_images:
         has = ", ".join(map(str, arrays[:4])) + (", ..." if len(arrays) > 4 else "")
-        raise ValueError(f"{path}: has {has or 'no arrays'}: images are uint8 (count, height, width, 3) in arr_0")
+        wanted = array_name or "arr_0"
+        raise ValueError(f"{path}: has {has or 'no arrays'}: images are uint8 (count, height, width, 3) in {wanted}")
     if 0 in array.shape:
         raise ValueError(f"{path}: {array} holds no images: give a file that has some")
     return NpzImages(str(path), array.name, *array.shape[:3])
 
 
-def open_reference(source: str | Path, extractor: str) -> Reference:
+def open_reference(
+    source: str | Path, extractor: str, background: str = WHITE, array_name: str = "", any_statistics: bool = False
+) -> Reference:
     """Images, statistics that `write_statistics` wrote, or for "inception" those of another evaluator.
 
-    The OpenAI evaluator's (VIRTUAL_*.npz) have statistics of a whole data set and, for precision and recall, some images of it.
+    background, array_name: as for `open_images`; an array of this name counts where there is one.
+
+    Statistics without a word of who made them are refused unless any_statistics: pytorch-fid's for instance are of images that
+    were resized otherwise. The OpenAI evaluator's (VIRTUAL_*.npz) have statistics of a whole data set and, for precision and
+    recall, some images of it.
     """
     path = Path(source)
     if path.is_dir():
-        return Reference(open_images(path), None)
+        return Reference(open_images(path, background), None)
     arrays = read_arrays(path)
     names = {array.name for array in arrays}
+    named = array_name if array_name in names else ""
     if {"mu", "sigma", "extractor"} <= names:
         return Reference(None, path)
     if {"mu", "sigma"} <= names and extractor == "inception":
-        return Reference(open_images(path) if any(array.is_images for array in arrays) else None, path)
-    return Reference(open_images(path), None)
+        if not (any_statistics or {"mu_s", "sigma_s"} <= names):
+            raise ValueError(
+                f"{path}: statistics that do not say who made them; others resize images otherwise, which changes distances: "
+                "give images, what scripts/evaluate.py stats wrote, or --any_statistics"
+            )
+        has_images = any(array.is_images for array in arrays)
+        return Reference(open_images(path, array_name=named) if has_images else None, path)
+    return Reference(open_images(path, array_name=named), None)
 
 
 def read_statistics(path: Path, extractor: str, fingerprint: str, dim: int, spatial_dim: int) -> Statistics:
@@ -318,25 +341,10 @@ def reading(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _open_folder(folder: Path) -> FolderImages:
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
-    paths = sorted(
-        (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)),
-        key=lambda path: path.relative_to(folder).as_posix(),
-    )
-    if not paths:
-        raise ValueError(f"{folder}: no pictures ({', '.join(PICTURES)}) in this folder or those in it: give another")
-    height, width = read_picture(paths[0]).shape[:2]
-    return FolderImages(str(folder), paths, height, width)
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8; a grey picture of 8 bits gets three equal channels. ValueError for one that cannot be read."""
-    try:
-        with Image.open(path) as file:
-            if file.mode.startswith(("I", "F")):  # to 8 bits they would be cut, not scaled
-                raise ValueError(f"pixels of mode {file.mode}, 8 bits per channel are needed")
-            return np.asarray(file.convert("RGB"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        reason = str(error).removesuffix(f" {str(path)!r}")
-        raise ValueError(f"{path}: not a readable picture ({reason}): repair or remove it") from error
+def _open_folder(folder: Path, background: tuple[int, int, int]) -> FolderImages:
+    found = find_pictures(folder)
+    if not found.pictures:
+        raise ValueError(f"{folder}: no pictures ({', '.join(EXTENSIONS)}) in this folder or those in it: give another")
+    paths = [folder / name for name in found.pictures]
+    width, height = read_picture(paths[0], background).size
+    return FolderImages(str(folder), paths, height, width, background, len(found.strangers))

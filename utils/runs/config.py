@@ -15,6 +15,7 @@ from models.transformer import TransformerConfig, family_config
 from utils.cli import flag
 from utils.data.batches import worker_count
 from utils.data.images import check_resize
+from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
 
 SCHEDULES = ("lin0", "lin00", "lin", "cos", "exp")
 SCALE_GROUPS = ("together", "each", "drawn")
@@ -48,6 +49,7 @@ class TrainConfig:
         "of the tokenizer's encoder when training from images: others are faster and change tokens, how many is told",
         choices=PRECISIONS,
     )
+    background: str = flag(WHITE, BACKGROUND_HELP)
     workers: int | Literal["auto"] = flag("auto", "processes that load images, per rank; 0: none; auto: one less than cores")
     # initialisation
     ini: float = flag(-1.0, "std of the initial weights, negative: sqrt(1 / (3 * width))", "--init_std")
@@ -109,6 +111,7 @@ class TrainConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "workers", worker_count(self.workers))
+        background_colour(self.background)
         for name in ("depth", "bs", "ac", "log_every", "keep", "ep", "max_bad_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")

@@ -1,6 +1,9 @@
-"""How fast a run goes from one log line to the next, and how much of the time it waits for its data."""
+"""What a run takes: how fast it goes from one log line to the next, how much of that it waits for its data, and its memory."""
 
+import resource
 import time
+
+import torch
 
 from utils.data.batches import Timed
 
@@ -32,3 +35,10 @@ class Pace:
         """What is told, once, of two log lines in a row before which the run waited for long; the first may hold the start."""
         self.slow_lines = self.slow_lines + 1 if waited > LONGEST_WAIT else 0
         return [f"{waited:.0%} of the time went by in waiting for data: {self.mend}"] if self.slow_lines == 2 else []
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most in use so far: of the GPU by tensors, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

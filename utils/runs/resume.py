@@ -66,4 +66,11 @@ def changes(before: dict, now: dict, drawn: str) -> list[str]:
     if before["ranks"] != now["ranks"]:
         same = "" if notes else "same batches, "
         notes.append(f"the run so far had {before['ranks']} rank(s), now {now['ranks']}: {same}other draws of {drawn}")
+    changed = [
+        f"--{name}={before['schedule'][name]} (now {value})"
+        for name, value in now["schedule"].items()
+        if before["schedule"].get(name, value) != value
+    ]
+    if changed:
+        notes.append(f"the run so far had {', '.join(changed)}: from here on its schedule is that of the new flags")
     return notes

@@ -72,8 +72,8 @@ class Task:
 
     flags: the command's configuration, a dataclass, kept with the run. parts: the models with their optimizers, one of them
     called MODEL (utils/runs/state.py), which has a `config`. title, details: what the log calls it. drawn_by_rank: what each
-    rank draws for itself. higher_is_better: figures of its validations of which that is true. may_start_anew: sections of a
-    checkpoint that it need not have, such as a part that is new.
+    rank draws for itself. schedule: flags that decide what a step of the run does. higher_is_better: figures of its validations
+    of which that is true. may_start_anew: sections of a checkpoint that it need not have, such as a part that is new.
     """
 
     flags: Any
@@ -82,6 +82,7 @@ class Task:
     title: str
     details: str
     drawn_by_rank: str
+    schedule: tuple[str, ...]
     higher_is_better: tuple[str, ...] = ()
     may_start_anew: tuple[str, ...] = ()
 

@@ -14,6 +14,7 @@ from models.tokenizer import TOKENIZER_PRESETS, TokenizerConfig
 from utils.cli import flag, required
 from utils.data.batches import worker_count
 from utils.data.images import check_resize
+from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
 
 FEATURES = ("", "dino", "efflite0")  # what a discriminator can look at instead of pixels
 SCORES = ("", "val_psnr", "val_ssim", "val_fd", "val_perceptual")
@@ -102,6 +103,7 @@ class TokenizerTraining:
     # data
     resize: float = flag(1.125, "images are resized to this times their final size, then cropped", "--mid_reso")
     hflip: bool = flag(False, "mirror half of the training images")
+    background: str = flag(WHITE, BACKGROUND_HELP)
     workers: int | Literal["auto"] = flag("auto", "processes that load images, per rank; 0: none; auto: one less than cores")
     seed: int = flag(0, "of data order, initial weights and restarts")
     # what is seen and kept
@@ -114,6 +116,7 @@ class TokenizerTraining:
 
     def __post_init__(self):
         object.__setattr__(self, "workers", worker_count(self.workers))
+        background_colour(self.background)
         for name in ("bs", "max_steps", "log_every", "save_every", "keep", "max_bad_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
