@@ -61,7 +61,7 @@ def test_a_stop_is_seen_while_a_batch_does_not_come(stuck_images, tokenizer, tmp
     """And what was trained until then is saved."""
     process = started(*training(stuck_images, tokenizer, tmp_path / "run"), "--workers=1", output=tmp_path / "output")
     wait_for(lambda: len(descendants(process.pid)) > 0)
-    time.sleep(8)  # every picture is asked for in the first epoch, of four steps
+    time.sleep(5)  # every picture is asked for in the first epoch, of four steps
     process.send_signal(signal.SIGTERM)
     assert process.wait(ENDS_WITHIN) == 143, (tmp_path / "output").read_text()
     assert "stopped by SIGTERM after step" in (tmp_path / "output").read_text()

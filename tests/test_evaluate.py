@@ -253,7 +253,10 @@ def test_references_of_the_openai_evaluator_give_their_own_statistics(tmp_path, 
     assert (found["precision"], found["recall"]) == precision_recall(features_of(real).pooled, ours)
     assert "reference images           unknown" in shown
     np.savez(tmp_path / "real.npz", mu=whole[0], sigma=whole[1])
-    assert command("samples.npz", "real.npz", *INCEPTION)[0] == 0
+    code, _, errors = command("samples.npz", "real.npz", *INCEPTION)
+    assert code == 1
+    assert "real.npz: statistics that do not say who made them" in errors
+    assert command("samples.npz", "real.npz", "--any_statistics", *INCEPTION)[0] == 0
     assert stored_scores(tmp_path) == {**found, "sFID": None, "precision": None, "recall": None}
 
 
@@ -414,7 +417,7 @@ def test_a_bad_file_that_one_rank_finds_ends_both_with_one_line(tmp_path):
     assert found.returncode != 0
     assert found.stderr.count("error: ") == 1
     assert "[rank 1]: error: " in found.stderr
-    assert "17.png: not a readable picture" in found.stderr
+    assert "17.png: not a readable image" in found.stderr
     assert not out.exists()
 
 
@@ -506,8 +509,8 @@ def statistics_with(path: Path, **changes) -> None:
             lambda path: (np.savez(path, some_images(9)), cut_in_half(path)),
             "not a readable .npz (File is not a zip",
         ),
-        ("a.npz", lambda path: path.mkdir(), "no pictures (.png, .jpg, .jpeg) in this folder"),
-        ("a", pictures_one_of_them_cut, "a/7.png: not a readable picture (image file is truncated"),
+        ("a.npz", lambda path: path.mkdir(), "no pictures (.jpg, .jpeg, .png"),
+        ("a", pictures_one_of_them_cut, "a/7.png: not a readable image (image file is truncated"),
         (
             "a.npz",
             lambda path: np.savez(path, labels=np.array([Trap(path.with_name("executed"))]), arr_0=some_images(9)),
@@ -599,7 +602,7 @@ def test_scores_are_not_overwritten_unasked(tmp_path, small, command):
         (["stats", "real.npz", "--out=statistics.json"], "--out=statistics.json: statistics are an .npz"),
         (["reconstruction", "real.npz"], "the following arguments are required: --vae"),
         (["reconstruction", "real.npz", "--vae=none", "--num=1"], "--num=1: give at least 2 images, or 0 for all"),
-        (["reconstruction", "real.npz", "--vae=none", "--out=a.txt"], "--out=a.txt: is to be a picture"),
+        (["reconstruction", "real.npz", "--vae=none", "--out=a.txt"], "a.txt: is to be a picture"),
     ],
 )
 def test_wrong_flags_get_one_line(command, words, message):

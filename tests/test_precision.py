@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from models import precision
 from models.captured import CapturedSampler
 from models.drawing import exponential_noise
+from models.families import FAMILIES
 from models.generate import SamplingConfig, decode_sampled, generate, sample_scales
 from models.precision import Precision, changed_tokens, fastest, tokenizer_in, told_of_tokens
 from models.pyramid import Pyramid
@@ -155,17 +156,18 @@ def fake_gpu(monkeypatch):
     return inside
 
 
-def unfilled(name: str):
-    """The small models, where tensors are made now."""
-    kinds = [(type(model), model.config) for model in (small_transformer(**VARIANTS[name]), small_tokenizer())]
+def unfilled(family: str):
+    """Small models, made where tensors are made now."""
+    kinds = [(type(model), model.config) for model in (small_transformer(family, depth=1), small_tokenizer())]
     return lambda: tuple(kind(config).requires_grad_(False) for kind, config in kinds)
 
 
 @pytest.mark.parametrize("half", ["float32", *HALVES])
 @pytest.mark.parametrize("smooth", [False, True])
-def test_sampling_waits_for_no_device(variant, half, smooth, fake_gpu):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampling_waits_for_no_device(family, half, smooth, fake_gpu):
     """Also as it is captured: with noise that was drawn before."""
-    build = unfilled(variant)
+    build = unfilled(family)
     how = SamplingConfig(guidance_scale=1.5, top_k=20, top_p=0.9, smooth=smooth)
     with fake_gpu():
         transformer, tokenizer = build()
@@ -180,9 +182,10 @@ def test_sampling_waits_for_no_device(variant, half, smooth, fake_gpu):
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=HALVES)
-def test_training_forwards_waits_for_no_device(variant, half, fake_gpu):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_forwards_waits_for_no_device(family, half, fake_gpu):
     """Tokens -> inputs -> logits -> loss; autograd goes back on real devices only."""
-    build = unfilled(variant)
+    build = unfilled(family)
     with fake_gpu():
         transformer, tokenizer = build()
         transformer.train().requires_grad_(True)

@@ -74,10 +74,9 @@ def dump_flags(out, *flags) -> list:
     return ["--out", out, "--format=npz", "--num_images=200", "--seed=3", *flags]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16,float32"])
-def test_a_dump_is_the_same_however_it_was_made(precision, checkpoint, tmp_path, command, monkeypatch):
+def test_a_dump_is_the_same_however_it_was_made(checkpoint, tmp_path, command, monkeypatch):
     """By one rank in batches of 50, and by two in batches of 32 after a run that was interrupted, in the precision of that."""
-    begun = f"--precision={precision}"
+    begun = "--precision=bfloat16,float32"
     assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "one.npz", "--batch=50", begun))[0] == 0
     usual, written = sample.Dump.write, []
 
@@ -103,7 +102,7 @@ def test_a_dump_is_the_same_however_it_was_made(precision, checkpoint, tmp_path,
     assert len(settings["transformer_sha256"]) == 64
     assert "rounded to nearest" in settings["uint8"]
     assert settings["scan_backend"] == "torch"  # the one used, not auto
-    assert settings["precision"] == precision
+    assert settings["precision"] == "bfloat16,float32"
 
 
 def test_an_image_depends_on_seed_and_number_alone(checkpoint, tmp_path, command):
@@ -133,8 +132,7 @@ def test_an_unfinished_dump_of_other_settings_is_refused(checkpoint, tmp_path, c
     assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "s.npz"))[0] == 0
 
 
-@pytest.mark.parametrize("form", ["npz", "png"])
-@pytest.mark.parametrize("damage", ["empty", "torn", "zeros"])
+@pytest.mark.parametrize(("form", "damage"), [("npz", "torn"), ("npz", "zeros"), ("png", "empty"), ("png", "torn")])
 def test_parts_count_by_their_content(form, damage, checkpoint, tmp_path, command, monkeypatch):
     """A loss of power may leave a name without its content; the same command makes what is missing."""
     flags = ["--ckpt", checkpoint, f"--format={form}", "--num=40", "--seed=3", "--precision=float32"]
@@ -379,13 +377,13 @@ def test_another_tokenizer_of_the_same_shapes_is_refused(checkpoint, tokenizer, 
 
 
 def test_a_relative_tokenizer_is_found_beside_the_run(tokenizer, tmp_path, command, monkeypatch):
-    shutil.copytree(tokenizer, tmp_path / "home" / "out" / "vae")
+    shutil.copytree(tokenizer, tmp_path / "home" / "out" / "a" / "vae")
     torch.manual_seed(0)
     transformer = build_transformer(
         "mvar", 1, sides=TINY_TOKENIZER.sides, width=64, heads=1, num_classes=3, num_codes=32, code_dim=8
     )
     with written_aside(tmp_path / "home" / "out" / "run") as aside:
-        save_model(aside, transformer, Description("transformer", list(CLASSES), "out/vae"))
+        save_model(aside, transformer, Description("transformer", list(CLASSES), "out/a/vae"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     flags = ["--num=1", "--classes=0", "--out", tmp_path / "a.png"]
@@ -395,7 +393,7 @@ def test_a_relative_tokenizer_is_found_beside_the_run(tokenizer, tmp_path, comma
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, _, errors = command("--ckpt", tmp_path / "alone", *flags, "--overwrite")
     assert code == 1
-    assert "alone names its tokenizer out/vae, which cannot be had: give --vae" in errors
+    assert "alone names its tokenizer out/a/vae, which cannot be had: give --vae" in errors
 
 
 def test_scales_end_with_the_image_in_smooth_mode_too(checkpoint, tokenizer):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NoReturn, TypeVar
 
 Config = TypeVar("Config")
+LOST_WORKER = "DataLoader worker"  # how torch begins to say that one has ended
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -115,6 +116,15 @@ def complain(program: str, message: str) -> None:
     print(f"{program}{f' [rank {rank}]' if rank else ''}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
+def lost_worker(error: Exception) -> OSError:
+    """What torch says of a process that loads data and has ended, in one line with the mend."""
+    reason = " ".join(str(error).split())[:200]
+    return OSError(
+        f"a process that loads images has ended ({reason}): see that there is memory enough, and files enough may be open "
+        "(ulimit -n), or give fewer --workers"
+    )
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Call a command's main; users' mistakes end it with one line and exit code 1.
 
@@ -124,6 +134,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except Exception as error:
+        if isinstance(error, RuntimeError) and str(error).startswith(LOST_WORKER):  # raised wherever it is noticed
+            error = lost_worker(error)
         if isinstance(error, (ValueError, OSError, FloatingPointError)) and os.environ.get("MVAR_TRACEBACK") != "1":
             complain(os.path.basename(sys.argv[0]), str(error))
         elif is_one_of_many:

@@ -39,7 +39,7 @@ if [ -n "$cpu" ]; then
            60 training_d24 scripts/benchmark.py training --family=mvar --depth=1 --pn=1_2 --batch=2 --repeats=1 --tfast=0
            60 sampling_d24 scripts/benchmark.py sampling --family=mvar --depth=1 --pn=1_2 --batch=1 --repeats=1
            60 attention    scripts/benchmark.py attention --sides=9 --heads=1 --repeats=1
-           60 sampling_fp16 scripts/benchmark.py sampling --family=mvar --depth=1 --pn=1_2 --batch=1 --repeats=1 --precision=float16
+           60 sampling_fp16 scripts/benchmark.py sampling --family=mvar --depth=1 --pn=1_2 --batch=1 --repeats=1 --precision=bfloat16
            60 table        scripts/benchmark.py table --family=mvar --depth=1 --pn=1_2 --batch=1 --repeats=1"
 else
     tests="-m gpu $(grep -l mark.gpu tests/test_*.py)" # others may need packages that are not there

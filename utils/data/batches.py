@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from utils.cli import lost_worker
 from utils.data.images import Images
 from utils.signals import check_stopped, ignore_requests
 
 LOOK_EVERY = 5.0  # seconds, for a request to stop, while a batch is waited for
 LONGEST_WAIT = 300.0  # seconds for a batch
-ENDED = "see that there is memory enough, and files enough may be open (ulimit -n), or give fewer --workers"
 STUCK = (
     "the disk may hang, or shared memory (/dev/shm) may be full: give containers more of it (docker --shm-size=8g), "
     "or give --workers=0"
@@ -149,7 +149,7 @@ def batches_at(
             return
         except RuntimeError as error:
             if "timed out" not in str(error):  # in the words of torch, on which nothing but this depends
-                raise OSError(f"a process that loads images has ended ({_in_a_line(error)}): {ENDED}") from error
+                raise lost_worker(error) from error
             waited += LOOK_EVERY
             check_stopped()
             if waited >= LONGEST_WAIT:
@@ -159,10 +159,6 @@ def batches_at(
             raise batch
         waited = 0.0
         yield batch
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def train_batches(
