@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants, errors, hf_hub_download
 
-from models.model_card import Facts, card_text, eval_results, read_scores
+from models.model_card import Facts, card_text, eval_results, read_scores, signed
 from models.storage import CONFIG, WEIGHTS, Description, first_line, read_model, save_model, weights_file
 
 TAGS = ["image-generation", "visual-autoregressive", "pytorch"]
@@ -151,4 +151,4 @@ class HubModel(PyTorchModelHubMixin, library_name="m-var", tags=TAGS, model_card
         if columns:
             card.data.model_name = name or facts.title
             card.data.eval_results = eval_results(scores, columns, dataset)
-        return card
+        return ModelCard(signed(str(card)))

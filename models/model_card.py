@@ -1,5 +1,6 @@
 """The card of a model on the hub, README.md; no model is known here, each hands over its `Facts`."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from typing import NamedTuple
 from huggingface_hub import EvalResult
 from torch import nn
 
+MARK = "<!-- made by the project; this line says whether anybody has edited it: "
 COUNTS = ("images", "reference images")  # in the table of scores, but no scores
 
 Columns = dict[str, dict[str, float | int | None]]
@@ -48,12 +50,29 @@ def card_text(facts: Facts, training: dict, scores: dict, columns: Columns) -> s
     return "\n\n".join(parts) + "\n"
 
 
+def signed(text: str) -> str:
+    """The text of a card with a last line by which it is known again, see `is_edited`."""
+    return f"{text}\n{MARK}{_digest(text)} -->\n"
+
+
+def is_edited(text: str) -> bool:
+    """Whether anybody but `signed` has written in a card."""
+    ours, mark, rest = text.rpartition(f"\n{MARK}")
+    return not mark or rest.rstrip() != f"{_digest(ours)} -->"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.replace("\r\n", "\n").encode()).hexdigest()[:16]
+
+
 def read_scores(scores: dict) -> Columns:
     """Column -> name -> number, the column of the model first.
 
     scores: what scripts/evaluate.py --json wrote, or names with numbers, or nothing. ValueError for anything else.
     """
     columns = scores.get("scores", {"samples": scores} if scores else {})
+    if "tokenizer" in scores:  # of evaluate.py reconstruction, which has one column
+        columns = {"reconstructions": columns}
     for figures in columns.values() if isinstance(columns, dict) else [columns]:
         if not isinstance(figures, dict):
             raise ValueError('scores: give what scripts/evaluate.py --json wrote, or names with numbers, such as {"FID": 3.07}')

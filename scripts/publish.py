@@ -10,11 +10,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.hub import HubName
+from huggingface_hub import HfApi, errors, hf_hub_download
+
+from models.hub import HUB_ERRORS, HubName
+from models.model_card import is_edited
+from models.storage import weights_hash
+from models.tokenizer import VQVAE
+from models.transformer import ScaleTransformer
 from utils import cli
 from utils.checkpoint import load_description, load_tokenizer, load_tokenizer_for, load_transformer
 from utils.cli import argument, flag
 from utils.data.token_cache import fingerprint, is_of, short
+
+LOCAL = ("data_path", "local_out_dir_path", "out", "vae", "token_cache", "init_from", "refine", "lpips_weights", "gan_weights")
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,9 @@ class PublishConfig:
     scores: str = flag("", "file that scripts/evaluate.py --json wrote, for the model card")
     dataset: str = flag("", "name of the images that --scores compares with, for the model card")
     license: str = flag("", "its identifier on the hub, such as mit; empty: none is claimed")
-    private: bool = flag(False, "where the repository is made, let nobody else see it")
+    private: bool = flag(False, "let nobody else see it: the repository is made so, or has to be so already")
+    keep_card: bool = flag(False, "leave the card that is there, which people have edited")
+    replace_card: bool = flag(False, "write another one in its place")
 
     def __post_init__(self):
         name = HubName.parse(self.repository)
@@ -36,6 +46,8 @@ class PublishConfig:
             raise ValueError(f"{self.repository}: no name of a repository: give owner/name")
         if self.dataset and not self.scores:
             raise ValueError(f"--dataset={self.dataset}: says what --scores belong to: give these too")
+        if self.keep_card and self.replace_card:
+            raise ValueError("--keep_card with --replace_card: give one of them")
 
 
 def read_json(path: str) -> dict:
@@ -52,6 +64,46 @@ def public_tokenizer(config: PublishConfig, named: str | None) -> str:
         what = f"its tokenizer is {tokenizer}, which only this machine has" if tokenizer else "it does not name its tokenizer"
         raise ValueError(f"{config.source}: {what}: publish that and give --tokenizer owner/name")
     return tokenizer
+
+
+def check_scores(scores: dict, model: VQVAE | ScaleTransformer, source: str) -> None:
+    """ValueError for scores of other weights; what does not say whose it is, is told."""
+    kind = model.description.kind
+    known = (scores.get("dump") or {}).get(f"{kind}_sha256") or (scores.get("tokenizer") or {}).get("weights_sha256")
+    if known and known != weights_hash(model):
+        raise ValueError(
+            f"{source}: the scores are of weights with hash {known[:12]}, these have {weights_hash(model)[:12]}: "
+            "score samples of these, or give --scores of them"
+        )
+    if not known:
+        print(f"the scores do not say of which weights they are; those of dumps by sample.py do: {source}", file=sys.stderr)
+
+
+def public(training: dict) -> dict:
+    """Settings of a run without the paths of the machine that it ran on."""
+    return {
+        name: value
+        for name, value in training.items()
+        if name not in LOCAL and not (isinstance(value, str) and Path(value).is_absolute())
+    }
+
+
+def check_repository(config: PublishConfig) -> None:
+    """ValueError where others see what is to be private, or a card that people have edited would be lost."""
+    try:
+        found = HfApi().model_info(config.repository)
+    except errors.RepositoryNotFoundError:
+        return  # or one that may not be seen, which the upload will say
+    except (errors.HTTPError, OSError):
+        return  # the upload says what is wrong, with the mend
+    if config.private and not found.private:
+        raise ValueError(f"{config.repository}: is public: make it private on the hub first, or leave --private out")
+    try:
+        card = Path(hf_hub_download(config.repository, "README.md")).read_text()
+    except HUB_ERRORS:
+        return
+    if is_edited(card) and not (config.keep_card or config.replace_card):
+        raise ValueError(f"{config.repository}: people have written in its card: give --keep_card, or --replace_card")
 
 
 def main() -> None:
@@ -75,13 +127,19 @@ def main() -> None:
         raise ValueError(f"{config.source}: is a tokenizer itself: leave --tokenizer out")
     else:
         model = load_tokenizer(config.source)
+    model.description = replace(model.description, training=public(model.description.training))
+    scores = read_json(config.scores) if config.scores else None
+    if scores is not None:
+        check_scores(scores, model, config.source)
+    check_repository(config)
     card = {
-        "scores": read_json(config.scores) if config.scores else None,
+        "scores": scores,
         "dataset": config.dataset or None,
         "license": config.license or None,
     }
     private = True if config.private else None  # None: as the owner has set it for new repositories
-    url = model.push_to_hub(config.repository, private=private, model_card_kwargs=card)
+    left_out = ["README.md"] if config.keep_card else None
+    url = model.push_to_hub(config.repository, private=private, model_card_kwargs=card, ignore_patterns=left_out)
     print(f"published {config.source}: {url}")
 
 

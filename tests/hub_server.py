@@ -22,6 +22,7 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     revisions: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    private: bool = False
 
     def commit(self, files: dict[str, bytes], revision: str = "main") -> str:
         """Add files to those of the revision, which moves on; its new commit."""
@@ -101,6 +102,12 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(401, X_Error_Message="Invalid username or password.")
         elif path == "/api/validate-yaml":
             self.answer_json({"errors": [], "warnings": []})
+        elif (match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path)) and self.command == "GET":
+            repository = self.hub.repositories.get(match[1])
+            if repository is None:
+                self.refuse(404, "RepoNotFound")
+            else:
+                self.answer_json({"id": match[1], "private": repository.private, "siblings": [], "tags": []})
         elif path == "/api/repos/create":
             self.create(json.loads(body))
         elif match := re.fullmatch(r"/api/models/(.+)/preupload/main", path):
@@ -155,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self, values: dict) -> None:
         name = f"{values['organization']}/{values['name']}"
-        self.hub.repositories.setdefault(name, Repository())
+        self.hub.repositories.setdefault(name, Repository(private=bool(values.get("private"))))
         self.answer_json({"url": f"{self.hub.url}/{name}", "name": name})
 
     def commit(self, name: str, lines: list[dict]) -> None:

@@ -19,7 +19,7 @@ from small_models import assert_same_model, small_tokenizer, small_transformer
 import sample
 from models import VQVAE, ScaleTransformer
 from models.hub import HubName
-from models.storage import Description
+from models.storage import Description, weights_hash
 from utils.checkpoint import load_description, load_tokenizer, load_transformer, save_model
 
 DESCRIPTION = Description("transformer", ["cat", "dog", "a|b"], "me/tokenizer", {"family": "mvar", "seed": 3, "tblr": 1e-4})
@@ -376,6 +376,74 @@ def test_publishing(hub, logged_in, publish, checkpoint, tmp_path, model):
     card = ModelCard(hub.files("me/mvar")["README.md"].decode())
     assert card.data.license == "mit"
     assert card.data.eval_results[0].dataset_name == "ImageNet"
+
+
+def test_scores_of_other_weights_are_not_published(hub, logged_in, publish, checkpoint, tmp_path, model):
+    path, words = tmp_path / "scores.json", ["--tokenizer=me/tokenizer", "--scores", tmp_path / "scores.json"]
+    path.write_text(json.dumps(EVALUATED | {"dump": {"transformer_sha256": "ab" * 32}}))
+    code, _, errors = publish(checkpoint, "me/mvar", *words)
+    assert code == 1
+    assert f"the scores are of weights with hash abababababab, these have {weights_hash(model)[:12]}" in errors
+    assert not hub.repositories
+    path.write_text(json.dumps(EVALUATED | {"dump": {"transformer_sha256": weights_hash(model)}}))
+    assert publish(checkpoint, "me/mvar", *words)[0] == 0
+
+
+def test_scores_of_reconstructions_are_published_with_a_tokenizer(hub, logged_in, publish, tmp_path):
+    tokenizer = small_tokenizer()
+    (tmp_path / "vae").mkdir()
+    save_model(tmp_path / "vae", tokenizer, Description("tokenizer"))
+    scores = {"images": 50, "rFID": 1.25, "PSNR": 20.5, "SSIM": None, "LPIPS": None}
+    written = {"scores": scores, "tokenizer": {"weights_sha256": weights_hash(tokenizer)}, "notes": []}
+    (tmp_path / "scores.json").write_text(json.dumps(written))
+    code, _, errors = publish(tmp_path / "vae", "me/vae", "--scores", tmp_path / "scores.json")
+    assert code == 0, errors
+    card = ModelCard(hub.files("me/vae")["README.md"].decode())
+    assert {result.metric_name: result.metric_value for result in card.data.eval_results} == {"rFID": 1.25, "PSNR": 20.5}
+
+
+def test_no_path_of_this_machine_is_published(hub, logged_in, publish, checkpoint, tmp_path):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["training"] |= {
+        "data_path": "/home/me/secret",
+        "vae": "here/vae",
+        "local_out_dir_path": "out",
+        "other": "/home/me/x",
+    }
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert publish(checkpoint, "me/mvar", "--tokenizer=me/tokenizer")[0] == 0
+    files = hub.files("me/mvar")
+    for name in ("README.md", "config.json"):
+        text = files[name].decode()
+        assert "seed" in text
+        assert not any(word in text for word in ("secret", "here/vae", "local_out_dir_path", "/home/me"))
+
+
+def test_a_card_that_people_have_edited_is_not_lost(hub, logged_in, publish, checkpoint):
+    words = [checkpoint, "me/mvar", "--tokenizer=me/tokenizer"]
+    assert publish(*words)[0] == 0
+    assert publish(*words)[0] == 0  # ours may be replaced
+    edited = hub.files("me/mvar")["README.md"].replace(b"# M-VAR", b"# My M-VAR")
+    hub.add("me/mvar", {"README.md": edited})
+    code, _, errors = publish(*words)
+    assert code == 1
+    assert "me/mvar: people have written in its card: give --keep_card, or --replace_card" in errors
+    assert publish(*words, "--keep_card")[0] == 0
+    assert hub.files("me/mvar")["README.md"] == edited
+    assert publish(*words, "--replace_card")[0] == 0
+    assert b"# My M-VAR" not in hub.files("me/mvar")["README.md"]
+
+
+def test_what_is_to_be_private_is_not_sent_to_a_public_place(hub, logged_in, publish, checkpoint):
+    words = [checkpoint, "me/mvar", "--tokenizer=me/tokenizer"]
+    assert publish(*words, "--private")[0] == 0
+    assert hub.repositories["me/mvar"].private
+    hub.repositories["me/mvar"].private = False
+    before = hub.files("me/mvar")
+    code, _, errors = publish(*words, "--private")
+    assert code == 1
+    assert "me/mvar: is public: make it private on the hub first, or leave --private out" in errors
+    assert hub.files("me/mvar") is before
 
 
 @pytest.mark.parametrize(

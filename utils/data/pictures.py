@@ -25,6 +25,7 @@ class Found(NamedTuple):
 
     pictures: list[str]
     strangers: list[str]  # with other endings
+    passed_over: list[str]  # hidden, or of systems; of folders the folder alone
 
 
 def find_pictures(folder: str | Path) -> Found:
@@ -34,6 +35,7 @@ def find_pictures(folder: str | Path) -> Found:
     """
     pictures: list[str] = []
     strangers: list[str] = []
+    passed_over: list[str] = []
 
     def scan(path: str, prefix: str, around: frozenset[str]) -> None:
         place = os.path.realpath(path)
@@ -42,8 +44,8 @@ def find_pictures(folder: str | Path) -> Found:
         with os.scandir(path) as entries:
             for entry in entries:
                 if is_of_a_system(entry.name):
-                    continue
-                if entry.is_dir():
+                    passed_over.append(prefix + entry.name)
+                elif entry.is_dir():
                     scan(entry.path, f"{prefix}{entry.name}/", around | {place})
                 elif entry.name.lower().endswith(EXTENSIONS):
                     pictures.append(prefix + entry.name)
@@ -51,7 +53,7 @@ def find_pictures(folder: str | Path) -> Found:
                     strangers.append(prefix + entry.name)
 
     scan(os.fspath(folder), "", frozenset())
-    return Found(sorted(pictures), sorted(strangers))
+    return Found(sorted(pictures), sorted(strangers), sorted(passed_over))
 
 
 def is_of_a_system(name: str) -> bool:

@@ -1,0 +1,138 @@
+"""What lies in a folder of training images, looked at file by file, before a run does."""
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import ExifTags, Image
+
+from utils.data.pictures import EXTENSIONS, WITH_ALPHA, Found, find_pictures, is_of_a_system, read_picture
+
+AT_ONCE = 64  # pictures that a process is given
+
+
+class Place(NamedTuple):
+    """Where a picture is."""
+
+    split: str
+    label: str  # name of its class
+    path: str
+
+
+class Picture(NamedTuple):
+    """One file. error: why it cannot be read, or empty, and then all else is known."""
+
+    path: str
+    error: str
+    size: tuple[int, int] = (0, 0)  # width, height, upright
+    mode: str = ""
+    is_transparent: bool = False  # has an alpha channel or a colour that stands for one
+    is_turned: bool = False  # by its EXIF data
+    digest: str = ""  # of the file's bytes
+
+
+@dataclass
+class Split:
+    """What was found in train/ or val/: pictures by class, and names below the folder that are something else."""
+
+    classes: dict[str, list[Picture]] = field(default_factory=dict)
+    strangers: list[str] = field(default_factory=list)  # files of other kinds in the class folders
+    loose: list[str] = field(default_factory=list)  # pictures beside the class folders
+    passed_over: list[str] = field(default_factory=list)  # hidden files and folders, and those of systems
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [picture for pictures in self.classes.values() for picture in pictures]
+
+
+def look(path: str) -> Picture:
+    """Read one file as training does."""
+    try:
+        upright = read_picture(path)
+        with Image.open(path) as file:
+            is_transparent = file.mode in WITH_ALPHA or "transparency" in file.info
+            is_turned = file.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
+            mode = file.mode
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except ValueError as error:
+        return Picture(path, str(error))
+    except Exception as error:  # such as EXIF data that cannot be understood
+        return Picture(path, f"{path}: not a readable image ({error}): repair or remove it")
+    return Picture(path, "", upright.size, mode, is_transparent, is_turned, digest)
+
+
+def list_split(folder: Path) -> tuple[Split, dict[str, Found]]:
+    """What there is, by name alone. ValueError for folders that are linked into themselves."""
+    split, found = Split(), {}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if is_of_a_system(entry.name):
+            split.passed_over.append(entry.name)
+        elif entry.is_dir():
+            found[entry.name] = find_pictures(entry.path)
+            split.strangers += [f"{entry.name}/{name}" for name in found[entry.name].strangers]
+            split.passed_over += [f"{entry.name}/{name}" for name in found[entry.name].passed_over]
+        elif entry.name.lower().endswith(EXTENSIONS):
+            split.loose.append(entry.name)
+        else:
+            split.strangers.append(entry.name)
+    return split, found
+
+
+def list_folder(root: Path, names: tuple[str, ...]) -> tuple[dict[str, Split], list[Place]]:
+    """The splits of these names that there are, without their pictures, and where those are. ValueError as for `list_split`."""
+    splits, places = {}, []
+    for name in names:
+        if (root / name).is_dir():
+            splits[name], found = list_split(root / name)
+            splits[name].classes = {label: [] for label in found}
+            places += [
+                Place(name, label, str(root / name / label / picture))
+                for label, files in found.items()
+                for picture in files.pictures
+            ]
+    return splits, places
+
+
+def look_at(places: list[Place], workers: int) -> Iterator[tuple[Place, Picture]]:
+    """All pictures, in their order, read by so many processes."""
+    with ProcessPoolExecutor(workers) as processes:
+        yield from zip(places, processes.map(look, [place.path for place in places], chunksize=AT_ONCE), strict=True)
+
+
+def duplicates(splits: dict[str, Split]) -> list[list[str]]:
+    """Groups of files with the same bytes, over all splits, largest first."""
+    groups = defaultdict(list)
+    for split in splits.values():
+        for picture in split.pictures:
+            if not picture.error:
+                groups[picture.digest].append(picture.path)
+    return sorted((paths for paths in groups.values() if len(paths) > 1), key=len, reverse=True)
+
+
+def reasons_to_stop(splits: dict[str, Split]) -> list[str]:
+    """What would end a training on these splits, each in a line."""
+    lines = [f"{split}/ is not there" for split in ("train", "val") if split not in splits]
+    for name, split in splits.items():
+        if not split.classes:
+            lines.append(f"{name}/ has no class folders")
+        lines += [f"{name}/{picture} lies beside the class folders" for picture in split.loose]
+        lines += [f"{name}/{stranger} is no image file" for stranger in split.strangers if "/" in stranger]
+        lines += [f"{name}/{label} holds no images" for label, pictures in split.classes.items() if not pictures]
+        lines += [picture.error for picture in split.pictures if picture.error]
+    if {"train", "val"} <= splits.keys():
+        unknown = sorted(splits["val"].classes.keys() - splits["train"].classes.keys())
+        lines += [f"class {label!r} is in val/ but not in train/" for label in unknown]
+    return lines
+
+
+def most_common(values: Counter, count: int = 5) -> str:
+    """'1200 of 32x32, 3 of 40x40 and 2 others'"""
+    shown = ", ".join(f"{number:,} of {value}" for value, number in values.most_common(count))
+    others = len(values) - count
+    return shown + (f" and {others} others" if others > 0 else "")
