@@ -21,6 +21,7 @@ from models.transformer import ScaleTransformer
 TYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = tuple(TYPES)
 WORTH = 0.8  # of the time in float32: half precision is chosen where it takes less
+LITTLE = 0.002  # seconds: of a small model nothing is to be gained, and what is measured of it may change from call to call
 MEASURED_SECONDS = 0.25  # at most about twice as long, of each type and model
 MEASURED_TOKENS = 512  # of the transformer
 MEASURED_SIDE = 4  # of the features that the decoder gets
@@ -95,7 +96,8 @@ def is_worth_it(module: nn.Module, x: Tensor) -> bool:
     half = copy.deepcopy(module).to(torch.bfloat16)
     narrow = x.to(torch.bfloat16)
     with torch.no_grad():
-        return shortest(lambda: half(narrow)) < WORTH * shortest(lambda: module(x))
+        seconds = shortest(lambda: module(x))
+        return seconds > LITTLE and shortest(lambda: half(narrow)) < WORTH * seconds
 
 
 def shortest(call: Callable[[], object]) -> float:

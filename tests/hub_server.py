@@ -162,7 +162,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self, values: dict) -> None:
         name = f"{values['organization']}/{values['name']}"
-        self.hub.repositories.setdefault(name, Repository(private=bool(values.get("private"))))
+        is_private = bool(values.get("private")) or values.get("visibility") == "private"  # by the client's version
+        self.hub.repositories.setdefault(name, Repository(private=is_private))
         self.answer_json({"url": f"{self.hub.url}/{name}", "name": name})
 
     def commit(self, name: str, lines: list[dict]) -> None:

@@ -98,7 +98,14 @@ def test_sample_py_takes_everything_from_the_hub(hub, tmp_path):
     hub.add("someone/M-VAR", {"d2.pth": released(transformer_weights("mvar_tiny"))})
     hub.add("someone/var", {"vae.pth": released(tokenizer_weights("1234_qsr4"))})
     variables = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
-    words = ["sample.py", "--ckpt=someone/M-VAR:d2.pth", "--vae=someone/var:vae.pth", "--classes=3", "--num=2"]
+    words = [
+        "sample.py",
+        "--ckpt=someone/M-VAR:d2.pth",
+        "--vae=someone/var:vae.pth",
+        "--classes=3",
+        "--num=2",
+        "--precision=float32",
+    ]
     online = run_in_shell(*words, f"--out={tmp_path / 'a.png'}", HF_ENDPOINT=hub.url, **variables)
     assert online.returncode == 0, online.stderr
     assert ("HEAD", "/someone/M-VAR/resolve/main/d2.pth", f"Bearer {TOKEN}") in hub.requests
