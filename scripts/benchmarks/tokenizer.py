@@ -41,8 +41,8 @@ def tokenizer(config: BenchmarkConfig) -> list[dict]:
 
     Steps of `scripts/train_tokenizer.py` by the trainer itself, on one device, with the recipe of each preset: all of the
     tokenizer, or its decoder alone, with and without the discriminator. *Step*: median of the repeats, the spread is the
-    largest less the smallest over the median. *Memory*: weights, gradients, optimizer, averaged weights and what a step needs
-    besides.
+    largest less the smallest over the median. *Memory*, of a GPU: weights, gradients, optimizer, averaged weights and what a
+    step needs besides; on a CPU what one run leaves behind hides what the next one takes.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
@@ -93,10 +93,10 @@ def steps(flags: TokenizerTraining, repeats: int, device: torch.device) -> dict:
         wait(device)
         seconds.append(time.perf_counter() - start)
     trainer.check_step()
-    after = memory(device, begin=False)
+    peak = None if device.type == "cpu" else memory(device, begin=False) - before
     return {
         "images_per_second": flags.bs / median(seconds),
         "step_seconds": median(seconds),
         "step_spread": (max(seconds) - min(seconds)) / median(seconds),
-        "peak_bytes": None if before is None or after is None else after - before,
+        "peak_bytes": peak,
     }
