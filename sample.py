@@ -37,7 +37,7 @@ from models.generate import (
 )
 from models.precision import PRECISIONS, Precision, fastest
 from models.scan_backends import SCAN_BACKENDS, choose_scan_
-from models.storage import Description, weights_hash
+from models.storage import weights_hash
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import cli, plots
@@ -45,7 +45,7 @@ from utils.background import Background
 from utils.checkpoint import find_tokenizer, load_description, load_tokenizer_for, load_transformer
 from utils.class_names import parse_classes, told_classes
 from utils.cli import flag, required
-from utils.data.token_cache import fingerprint, is_of, short
+from utils.data.token_cache import check_trained_on
 from utils.dump import Dump, begun_settings, finished_settings
 from utils.evidence import commit
 from utils.files import check_writable
@@ -265,18 +265,9 @@ def load_models(config: SampleConfig, device: torch.device) -> tuple[ScaleTransf
         raise FileNotFoundError(
             f"{config.ckpt} names its tokenizer {named}, which cannot be had: give --vae ({error})"
         ) from error
-    check_tokenizer(config, description, tokenizer)
+    if description and not config.any_tokenizer:
+        check_trained_on(description.tokenizer_hash, tokenizer, config.ckpt, config.vae or named)
     return transformer.to(device), tokenizer.to(device), description.class_names if description else []
-
-
-def check_tokenizer(config: SampleConfig, description: Description | None, tokenizer: VQVAE) -> None:
-    """ValueError for another tokenizer than the one that the transformer was trained with, as far as it is known."""
-    known = description.tokenizer_hash if description else None
-    if known and not config.any_tokenizer and not is_of(known, tokenizer):
-        raise ValueError(
-            f"{config.ckpt}: was trained on tokens of a tokenizer with hash {short(known)}, "
-            f"{config.vae or description.tokenizer} has {short(fingerprint(tokenizer))}: give that one, or --any_tokenizer"
-        )
 
 
 def choose_precision(
@@ -386,9 +377,8 @@ def main() -> None:
         weights = {name: weights_hash(model) for name, model in models.items()} if config.is_dump else {}
         precision = choose_precision(config, settings, transformer, tokenizer, ranks)
         precision.apply_(transformer, tokenizer)
-        config = replace(
-            config, scan_backend=scan_choice.backend, precision=str(precision)
-        )  # those used; images depend on them
+        # those used, which images depend on
+        config = replace(config, scan_backend=scan_choice.backend, precision=str(precision))
         if ranks.is_main:
             print(f"{scan_choice}\n{precision.in_words()}", file=sys.stderr)
         num_classes = transformer.config.num_classes
@@ -407,21 +397,13 @@ def main() -> None:
             else:
                 dump = plan_dump(config, setting, weights, ranks.device.type, labels)
                 if config.overwrite and ranks.is_main:
-                    remove_earlier(dump)
+                    dump.remove_earlier()
                 if not config.overwrite and ranks.largest(int(ranks.is_main and dump.is_finished())):
                     done = f"{setting.out}: all {len(labels)} images of this command are there already"
                 else:
                     write_dump(dump, config, setting, transformer, tokenizer, ranks)
             if ranks.is_main:
                 print(done)
-
-
-def remove_earlier(dump: Dump) -> None:
-    """With --overwrite no image of an earlier, finished dump may stay; a file stays until the new one is whole."""
-    dump.remove()
-    if not dump.parts.exists():
-        for old in dump.out.glob("[0-9]*_class*.png"):
-            old.unlink()
 
 
 if __name__ == "__main__":

@@ -61,12 +61,17 @@ class Precision:
         ValueError for tf32 without a GPU.
         """
         device = transformer.head.weight.device.type
-        if device != "cuda" and self.transformer == "tf32":
-            raise ValueError(f"precision tf32: is of NVIDIA's GPUs, the models are on {device}: give float32 or bfloat16")
+        check_device(f"models are on {device}", self.transformer)
         if device == "cuda":
             allow_tf32(self.transformer == "tf32")
         transformer.cast_(TYPES[self.transformer])
         tokenizer.cast_decoder_(TYPES[self.decoder])
+
+
+def check_device(place: str, *names: str) -> None:
+    """ValueError for tf32 without a GPU; place: such as "models are on cpu"."""
+    if "tf32" in names and not place.endswith("cuda"):
+        raise ValueError(f"precision tf32: is of NVIDIA's GPUs, the {place}: give float32 or bfloat16")
 
 
 def allow_tf32(allowed: bool) -> None:
@@ -121,10 +126,9 @@ def tokenizer_in(tokenizer: VQVAE, encoder: str = "float32", decoder: str = "flo
     without a GPU.
     """
     device = tokenizer.quantizer.codebook.weight.device.type
+    check_device(f"tokenizer is on {device}", encoder, decoder)
     if device == "cuda":
         torch.backends.cudnn.allow_tf32 = encoder == "tf32"
-    elif "tf32" in (encoder, decoder):
-        raise ValueError(f"precision tf32: is of NVIDIA's GPUs, the tokenizer is on {device}: give float32 or bfloat16")
     if TYPES[encoder] == TYPES[decoder] == torch.float32:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)

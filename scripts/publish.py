@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from huggingface_hub import HfApi, errors, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 
 from models.hub import HUB_ERRORS, HubName
 from models.model_card import is_edited
@@ -20,7 +20,7 @@ from models.transformer import ScaleTransformer
 from utils import cli
 from utils.checkpoint import load_description, load_tokenizer, load_tokenizer_for, load_transformer
 from utils.cli import argument, flag
-from utils.data.token_cache import fingerprint, is_of, short
+from utils.data.token_cache import check_trained_on
 
 LOCAL = ("data_path", "local_out_dir_path", "out", "vae", "token_cache", "init_from", "refine", "lpips_weights", "gan_weights")
 
@@ -92,10 +92,8 @@ def check_repository(config: PublishConfig) -> None:
     """ValueError where others see what is to be private, or a card that people have edited would be lost."""
     try:
         found = HfApi().model_info(config.repository)
-    except errors.RepositoryNotFoundError:
-        return  # or one that may not be seen, which the upload will say
-    except (errors.HTTPError, OSError):
-        return  # the upload says what is wrong, with the mend
+    except HUB_ERRORS:
+        return  # there is none, or the upload says what is wrong, with the mend
     if config.private and not found.private:
         raise ValueError(f"{config.repository}: is public: make it private on the hub first, or leave --private out")
     try:
@@ -114,14 +112,9 @@ def main() -> None:
     if description.kind == "transformer":
         tokenizer = public_tokenizer(config, description.tokenizer)
         model = load_transformer(config.source)
-        known = description.tokenizer_hash
-        if known and not config.any_tokenizer:
+        if description.tokenizer_hash and not config.any_tokenizer:
             published = load_tokenizer_for(tokenizer, model.pyramid)
-            if not is_of(known, published):
-                raise ValueError(
-                    f"{config.source}: was trained on tokens of a tokenizer with hash {short(known)}, {tokenizer} has "
-                    f"{short(fingerprint(published))}: give --tokenizer of that one, or --any_tokenizer"
-                )
+            check_trained_on(description.tokenizer_hash, published, config.source, tokenizer)
         model.description = replace(description, tokenizer=tokenizer)
     elif config.tokenizer:
         raise ValueError(f"{config.source}: is a tokenizer itself: leave --tokenizer out")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.files import replace_text
+from utils.files import rename_whole, replace_text
 
 PLAN = "plan.json"
 
@@ -70,12 +70,16 @@ class Dump:
             self.out.mkdir(exist_ok=True)
         replace_text(plan, json.dumps(self.settings) + "\n")
 
-    def remove(self) -> None:
-        """What is left of an unfinished dump of other settings; nothing of it may be taken for this one's."""
+    def remove_earlier(self) -> None:
+        """For --overwrite: of an unfinished dump of other settings nothing stays, of a finished one no picture.
+
+        A finished file stays until the new one is whole.
+        """
         plan = self.parts / PLAN
         if plan.exists() and self._other(read_settings(plan) or {}):
             shutil.rmtree(self.parts)
-            for old in self.out.glob("[0-9]*_class*.png") if self.out.is_dir() else ():
+        if not self.parts.exists():
+            for old in self._pngs():
                 old.unlink()
 
     def missing(self) -> list[int]:
@@ -91,12 +95,12 @@ class Dump:
             # of this process: one that outlives a killed torchrun may write the same cohort
             aside = self.parts / f".{cohort:06d}.{os.getpid()}.npy"
             np.save(aside, images, allow_pickle=False)
-            rename_to_disk(aside, self.parts / f"{cohort:06d}.npy")
+            rename_whole(aside, self.parts / f"{cohort:06d}.npy")
         else:
             for n, image in zip(self.numbers(cohort), images, strict=True):
                 aside = self.parts / f"{os.getpid()}.{self._png(n)}"
                 Image.fromarray(image).save(aside)
-                rename_to_disk(aside, self.out / self._png(n))
+                rename_whole(aside, self.out / self._png(n))
         self.whole.add(cohort)
 
     def finish(self) -> None:
@@ -125,8 +129,11 @@ class Dump:
 
     def _has_begun(self) -> bool:
         """Whether there is anything but a plan, of whatever settings."""
-        images = self.out.glob("[0-9]*_class*.png") if self.out.is_dir() else ()
-        return any(self.parts.glob("[0-9]*")) or any(images)
+        return any(self.parts.glob("[0-9]*")) or bool(self._pngs())
+
+    def _pngs(self) -> list[Path]:
+        """The pictures that are there, of whatever dump."""
+        return list(self.out.glob("[0-9]*_class*.png")) if self.out.is_dir() else []
 
     def _write_npz(self) -> None:
         """arr_0 (N, H, W, 3) uint8, labels (N,) and settings, image after image."""
@@ -195,13 +202,6 @@ def is_whole_png(path: Path) -> bool:
             return True
     except (OSError, SyntaxError, ValueError):
         return False
-
-
-def rename_to_disk(aside: Path, target: Path) -> None:
-    """A name that is there after a loss of power has its content, too."""
-    with open(aside, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, target)
 
 
 def _parts_beside(out: Path) -> Path:

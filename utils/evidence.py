@@ -6,7 +6,9 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 
@@ -37,6 +39,12 @@ def circumstances() -> dict:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "commit": commit(),
     }
+
+
+def with_spread(values: Sequence[float], form: str) -> str:
+    """Mean and, behind ±, the standard deviation of some runs; of one run no spread, of none nothing."""
+    spread = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{spread}" if values else ""
 
 
 def store(path: Path, figures: dict) -> None:

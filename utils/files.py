@@ -21,11 +21,16 @@ def replace_file(target: Path) -> Iterator[Path]:
     aside = target.with_name(f".{target.name}.writing")
     try:
         yield aside
-        _to_disk(aside)
-        os.replace(aside, target)
-        _to_disk(target.parent)
+        rename_whole(aside, target)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def rename_whole(aside: Path, target: Path) -> None:
+    """Rename a file so that its new name, should the power fail, is there with its content or not at all."""
+    _to_disk(aside)
+    os.replace(aside, target)
+    _to_disk(target.parent)
 
 
 def check_writable(path: str | Path) -> None:

@@ -74,6 +74,7 @@ TOKENIZER_DROPPED = [r"quantize\.ema_vocab_hit_SV"]
 # where training checkpoints keep the weights
 TRANSFORMER_NESTS = ("trainer.var_wo_ddp", "trainer.mvar_wo_ddp", "var_wo_ddp", "mvar_wo_ddp")
 TOKENIZER_NESTS = ("trainer.vae_local", "vae_local")
+RELEASED = {name for path in (*TRANSFORMER_NESTS, *TOKENIZER_NESTS) for name in path.split(".")}  # names in those
 # what others have around a state dict, averaged weights first
 NESTS = (
     "ema",
@@ -109,9 +110,8 @@ def unwrap(contents: dict) -> tuple[dict, list[str]]:
     """
     layers: list[str] = []
     while True:
-        known = {name for path in (*TRANSFORMER_NESTS, *TOKENIZER_NESTS) for name in path.split(".")}
         nest = next((name for name in NESTS if isinstance(contents.get(name), dict)), None)
-        if nest is None or known & contents.keys():
+        if nest is None or RELEASED & contents.keys():
             break
         contents = contents[nest]
         layers.append(repr(nest))

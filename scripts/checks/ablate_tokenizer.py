@@ -201,9 +201,7 @@ def table(runs: list[dict]) -> str:
         own = [entry for entry in runs if entry["row"] == row]
         cells = []
         for name, (_, form) in COLUMNS.items():
-            values = [entry[name] for entry in own if name in entry]
-            spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):{form}}{spread}" if values else "")
+            cells.append(evidence.with_spread([entry[name] for entry in own if name in entry], form))
         perplexity = ", ".join(f"{value:.0f}" for value in np.mean([entry["perplexity"] for entry in own], axis=0))
         codes = f"{np.mean([entry['codes_used_in_all'] for entry in own]):.0f}"
         lines.append(f"| {row} | {len(own)} | " + " | ".join(cells) + f" | {codes} | {perplexity} |")

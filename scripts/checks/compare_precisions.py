@@ -138,10 +138,7 @@ def table(rows: list[dict]) -> str:
     lines.append("|---" * (len(titles) + 2) + "|")
     for name in dict.fromkeys(row["precision"] for row in rows):
         own = [row for row in rows if row["precision"] == name]
-        cells = []
-        for key, (_, form) in titles.items():
-            values = [row[key] for row in own]
-            cells.append(f"{np.mean(values):{form}}" + (f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""))
+        cells = [evidence.with_spread([row[key] for row in own], form) for key, (_, form) in titles.items()]
         scales = ", ".join(f"{share:.1%}" for share in np.mean([row["equal_tokens"] for row in own], axis=0))
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {scales} |")
     return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2 as transforms
 
-from utils.data.pictures import EXTENSIONS, WHITE, background_colour, find_pictures, is_of_a_system, read_picture
+from utils.data.pictures import EXTENSIONS, WHITE, background_colour, list_classes, read_picture
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,14 @@ def check_root(root: str | Path) -> None:
 
 def _read_split(root: Path, split: str) -> ImageFiles:
     folder = root / split
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_of_a_system(entry.name))
-    if not names:
+    listing = list_classes(folder)
+    if not listing.classes:
         raise ValueError(f"{folder}: no class folders in it; images belong into {split}/<class>/*")
-    loose = [entry.name for entry in os.scandir(folder) if is_loose(entry)]
-    if loose:
-        raise ValueError(f"{folder / min(loose)}: lies beside the class folders: move it into one, or remove it")
+    if listing.loose:
+        raise ValueError(f"{folder / listing.loose[0]}: lies beside the class folders: move it into one, or remove it")
     paths: list[str] = []
     labels: list[int] = []
-    for label, name in enumerate(names):
-        found = find_pictures(folder / name)
+    for label, (name, found) in enumerate(listing.classes.items()):
         if found.strangers:
             endings = ", ".join(EXTENSIONS)
             raise ValueError(f"{folder / name / found.strangers[0]}: not an image file ({endings}): remove it from the folder")
@@ -69,12 +67,7 @@ def _read_split(root: Path, split: str) -> ImageFiles:
             raise ValueError(f"{folder / name}: no images in it: add some or remove the folder")
         paths += [os.path.join(folder, name, picture) for picture in found.pictures]
         labels += [label] * len(found.pictures)
-    return ImageFiles(paths, labels, names)
-
-
-def is_loose(entry: os.DirEntry) -> bool:
-    """Whether this is a picture, where folders of pictures should be."""
-    return not is_of_a_system(entry.name) and entry.name.lower().endswith(EXTENSIONS) and entry.is_file()
+    return ImageFiles(paths, labels, list(listing.classes))
 
 
 def check_resize(factor: float) -> None:

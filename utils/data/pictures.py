@@ -56,6 +56,30 @@ def find_pictures(folder: str | Path) -> Found:
     return Found(sorted(pictures), sorted(strangers), sorted(passed_over))
 
 
+class Listing(NamedTuple):
+    """What lies in a folder of class folders, by name alone."""
+
+    classes: dict[str, Found]  # by the folders' names, in their order, which is that of the labels
+    loose: list[str]  # pictures beside the class folders
+    strangers: list[str]  # other files there
+    passed_over: list[str]  # hidden, or of systems, there
+
+
+def list_classes(folder: str | Path) -> Listing:
+    """Of train/ or val/. ValueError as for `find_pictures`."""
+    listing = Listing({}, [], [], [])
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if is_of_a_system(entry.name):
+            listing.passed_over.append(entry.name)
+        elif entry.is_dir():
+            listing.classes[entry.name] = find_pictures(entry.path)
+        elif entry.name.lower().endswith(EXTENSIONS):
+            listing.loose.append(entry.name)
+        else:
+            listing.strangers.append(entry.name)
+    return listing
+
+
 def is_of_a_system(name: str) -> bool:
     """Whether a file or folder of this name is hidden or was made by a system, and is no data."""
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS | SYSTEM_FILES

@@ -1,17 +1,16 @@
 """What lies in a folder of training images, looked at file by file, before a run does."""
 
 import hashlib
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import ExifTags, Image
 
-from utils.data.pictures import EXTENSIONS, WITH_ALPHA, Found, find_pictures, is_of_a_system, read_picture
+from utils.data.pictures import WITH_ALPHA, list_classes, read_picture
 
 AT_ONCE = 64  # pictures that a process is given
 
@@ -40,10 +39,10 @@ class Picture(NamedTuple):
 class Split:
     """What was found in train/ or val/: pictures by class, and names below the folder that are something else."""
 
-    classes: dict[str, list[Picture]] = field(default_factory=dict)
-    strangers: list[str] = field(default_factory=list)  # files of other kinds in the class folders
-    loose: list[str] = field(default_factory=list)  # pictures beside the class folders
-    passed_over: list[str] = field(default_factory=list)  # hidden files and folders, and those of systems
+    classes: dict[str, list[Picture]]
+    strangers: list[str]  # files of other kinds, beside the class folders and in them
+    loose: list[str]  # pictures beside the class folders
+    passed_over: list[str]  # hidden files and folders, and those of systems
 
     @property
     def pictures(self) -> list[Picture]:
@@ -67,35 +66,22 @@ def look(path: str) -> Picture:
     return Picture(path, "", upright.size, mode, is_transparent, is_turned, digest)
 
 
-def list_split(folder: Path) -> tuple[Split, dict[str, Found]]:
-    """What there is, by name alone. ValueError for folders that are linked into themselves."""
-    split, found = Split(), {}
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if is_of_a_system(entry.name):
-            split.passed_over.append(entry.name)
-        elif entry.is_dir():
-            found[entry.name] = find_pictures(entry.path)
-            split.strangers += [f"{entry.name}/{name}" for name in found[entry.name].strangers]
-            split.passed_over += [f"{entry.name}/{name}" for name in found[entry.name].passed_over]
-        elif entry.name.lower().endswith(EXTENSIONS):
-            split.loose.append(entry.name)
-        else:
-            split.strangers.append(entry.name)
-    return split, found
-
-
 def list_folder(root: Path, names: tuple[str, ...]) -> tuple[dict[str, Split], list[Place]]:
-    """The splits of these names that there are, without their pictures, and where those are. ValueError as for `list_split`."""
+    """The splits of these names that there are, without their pictures, and where those are.
+
+    ValueError for folders that are linked into themselves.
+    """
     splits, places = {}, []
     for name in names:
-        if (root / name).is_dir():
-            splits[name], found = list_split(root / name)
-            splits[name].classes = {label: [] for label in found}
-            places += [
-                Place(name, label, str(root / name / label / picture))
-                for label, files in found.items()
-                for picture in files.pictures
-            ]
+        if not (root / name).is_dir():
+            continue
+        listing = list_classes(root / name)
+        split = splits[name] = Split({}, listing.strangers, listing.loose, listing.passed_over)
+        for label, found in listing.classes.items():
+            split.classes[label] = []
+            split.strangers += [f"{label}/{stranger}" for stranger in found.strangers]
+            split.passed_over += [f"{label}/{hidden}" for hidden in found.passed_over]
+            places += [Place(name, label, str(root / name / label / picture)) for picture in found.pictures]
     return splits, places
 
 

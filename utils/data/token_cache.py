@@ -128,6 +128,15 @@ def is_of(text: str, tokenizer: VQVAE) -> bool:
     return text == weights_hash(tokenizer, _lookup(tokenizer))
 
 
+def check_trained_on(known: str | None, tokenizer: VQVAE, checkpoint: str | Path, source: str | Path) -> None:
+    """ValueError where a checkpoint is known to be trained on tokens of another tokenizer than the one from `source`."""
+    if known and not is_of(known, tokenizer):
+        raise ValueError(
+            f"{checkpoint}: was trained on tokens of a tokenizer with hash {short(known)}, {source} has "
+            f"{short(fingerprint(tokenizer))}: give that one, or --any_tokenizer"
+        )
+
+
 def _lookup(tokenizer: VQVAE) -> str:
     return f"normalize_lookup={tokenizer.config.normalize_lookup}"
 
