@@ -48,7 +48,7 @@ ROWS: dict[str, list[str]] = {
     "perturbation": ["--perturbation=0.1"],
     "averaged weights": ["--ema=0.998"],
 }
-REFINED = "second stage"  # two thirds of the steps without a discriminator, then the decoder alone with one
+REFINED = "second stage"  # half the steps without a discriminator, then the decoder alone with one, as the demo does it
 SAMPLED = (SHIPPED, "no discriminator", "perturbation", "scale dropout", REFINED)
 DECODED = 1000  # training images that are decoded and compared with the held-out ones
 
@@ -63,6 +63,7 @@ class Ablation:
     preset: str = flag("f8-32", "sizes of the tokenizer")
     steps: int = flag(1000, "steps of each run")
     bs: int = flag(16, "images per step")
+    fp16: int = flag(0, "precision of all training: 0, 1 or 2, as in train.py")
     seeds: int = flag(3, "runs of each row, with seeds 0, 1, ...")
     rows: str = flag("", "names of rows, separated by commas; empty: all")
     transformer_steps: int = flag(0, "steps of an M-VAR on the tokens of some rows, 0: none")
@@ -101,15 +102,16 @@ def main() -> None:
 
 def train(config: Ablation, name: str, seed: int, images: Path, directory: Path) -> None:
     common = ["--data_path", images, f"--preset={config.preset}", "--resize=1", f"--bs={config.bs}", f"--seed={seed}"]
-    common += ["--log_every=50", f"--save_every={config.steps}"]
+    common += ["--log_every=50", f"--save_every={config.steps}", f"--fp16={config.fp16}"]
     command = ["scripts/train_tokenizer.py", *common]
     if name != REFINED:
         run(*command, "--out", directory, f"--max_steps={config.steps}", *ROWS[name])
         return
     first = directory.with_name(f"{directory.name}_first")
-    steps = config.steps * 2 // 3
-    run(*command, "--out", first, f"--max_steps={steps}", "--gan=0")
-    run(*command, "--out", directory, f"--max_steps={config.steps - steps}", "--refine", first, "--lr=1e-3", "--lr_end=0.01")
+    steps = config.steps // 2
+    run(*command, "--out", first, f"--max_steps={steps}", "--gan=0", "--lr=1.5e-3")
+    second = ("--gan=0.017", "--lr=1.5e-3")
+    run(*command, "--out", directory, f"--max_steps={config.steps - steps}", "--refine", first, *second)
 
 
 def sample(config: Ablation, seed: int, images: Path, directory: Path) -> tuple[Path, Path]:
@@ -118,9 +120,10 @@ def sample(config: Ablation, seed: int, images: Path, directory: Path) -> tuple[
     words = ("--vae", directory, "--data_path", images, "--out", tokens, "--resize=1", "--center_crop")
     if not (tokens / "manifest.json").exists():
         run("scripts/cache_tokens.py", *words)
-    shape = ("--depth=6", "--width=192", "--heads=3", "--bs=64", "--tblr=4e-3", "--alng=1e-2", "--wpe=0.01", "--ema=0.99")
+    shape = ("--depth=6", "--width=192", "--heads=3", "--bs=32", "--tblr=8e-3", "--alng=1e-2", "--wpe=0.01", "--ema=0.99")
     steps = config.transformer_steps
     budget = (f"--max_steps={steps}", f"--ep={steps}", f"--val_every={steps}", f"--save_every={steps}", f"--seed={seed}")
+    budget += (f"--fp16={config.fp16}",)
     run("train.py", "--token_cache", tokens, "--local_out_dir_path", transformer, *shape, *budget)
     drawn = ("--cfg=1.5", "--top_k=0", "--top_p=0.96", "--seed=1", "--format=npz", f"--num={DECODED}", "--batch=100")
     run("sample.py", "--ckpt", transformer, "--overwrite", *drawn, "--out", samples)
