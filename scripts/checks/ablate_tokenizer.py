@@ -35,12 +35,12 @@ ROWS: dict[str, list[str]] = {
     "no discriminator": ["--gan=0"],
     "no absolute error": ["--l1=0"],
     "no squared error": ["--l2=0", "--l1=1"],
-    "adversarial weight adaptive, late": ["--gan=0.5", "--gan_adaptive", "--gan_from=0.3"],
+    "adversarial weight adaptive and late": ["--gan=0.5", "--gan_adaptive", "--gan_from=0.3"],
     "DiffAugment": ["--diffaug"],
     "LeCAM": ["--lecam=0.001"],
     "EfficientNet discriminator (biased)": ["--gan_features=efflite0", "--gan=0.003"],
     "perceptual": ["--perceptual=0.25"],
-    "perceptual, logits": ["--perceptual=0.25", "--perceptual_logits=0.01"],
+    "perceptual with logits": ["--perceptual=0.25", "--perceptual_logits=0.01"],
     "no restarts": ["--restart_every=0"],
     "cosine lookup": ["--cosine"],
     "scale dropout": ["--scale_dropout=0.1"],
@@ -88,7 +88,7 @@ def main() -> None:
             if judges is None:
                 judges = Judges(images, TOKENIZER_PRESETS[config.preset].image_shape[0], DECODED)
                 real = of_real(judges)
-            directory = out / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
+            directory = out / f"{name.replace(' ', '_')}_{seed}"
             train(config, name, seed, images, directory)
             figures = of_tokenizer(judges, directory) | cost(directory)
             if config.transformer_steps and name in SAMPLED:
