@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dist import Ranks, gradient_exchange, process_group, replicated, shard_, whole_outside_forward
 from models.generate import generate
+from models.inheritance import inherit_, table
 from models.precision import tokenizer_in, told_of_tokens
 from models.pyramid import Pyramid
 from models.scan_backends import choose_scan_
@@ -27,11 +28,12 @@ from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer, recompute_blocks_
 from trainer import Trainer
 from utils import cli, plots
-from utils.checkpoint import load_fitting_tokenizer, load_tokenizer_for
+from utils.checkpoint import load_fitting_tokenizer, load_tokenizer_for, load_transformer
 from utils.data.images import check_root
 from utils.data.sources import CachedData, Data, FolderData
 from utils.data.token_cache import check_classes, fingerprint, is_of, read_manifest, short
 from utils.metrics.fidelity import Fidelity
+from utils.runs.checkpoints import latest_checkpoint
 from utils.runs.config import RELEASED_TOKENIZER, TrainConfig
 from utils.runs.flops import peak_flops, training_flops
 from utils.runs.optim import build_adamw, set_rates_
@@ -79,9 +81,11 @@ class NextScalePrediction(Task):
         data: Data,
         ranks: Ranks,
         fidelity: Fidelity | None = None,
+        inherited: list[str] | None = None,
     ):
         self.flags = self.config = config
         self.data, self.ranks, self.fidelity = data, ranks, fidelity
+        self.inherited = inherited or []  # lines about where the weights of a new run are from
         self.title, self.details = f"{config.family} depth {config.depth}", f"pyramid {transformer.pyramid}"
         self.tokenizer = tokenizer.to(ranks.device).eval().requires_grad_(False)
         self.tokenizer_hash = fingerprint(self.tokenizer)
@@ -304,7 +308,7 @@ class NextScalePrediction(Task):
         check_classes(read_description(checkpoint).class_names, self.data.class_names, checkpoint, "the data given")
 
     def notes(self) -> list[str]:
-        fidelity, lines = self.fidelity, [str(self.scan_choice)]
+        fidelity, lines = self.fidelity, [*self.inherited, str(self.scan_choice)]
         if self.config.vae_precision != "float32" and not self.config.token_cache:
             images, _ = next(self.data.val_batches(SHOWN_IMAGES, 0, 1))
             lines.append(told_of_tokens(self.config.vae_precision, self.tokenizer, self.coder, self._to_device(images)))
@@ -346,6 +350,24 @@ def build_fidelity(config: TrainConfig, tokenizer: VQVAE, source: FolderData | C
             "give the images that it was made from, or --val_fd=0"
         )
     return fidelity
+
+
+def start_from_(
+    transformer: ScaleTransformer, config: TrainConfig, tokenizer: VQVAE, class_names: list[str], ranks: Ranks
+) -> list[str]:
+    """Take the weights of --init_from, unless the run has a checkpoint, which then counts; returns what is to be told."""
+    begun = ranks.is_main and latest_checkpoint(Path(config.local_out_dir_path)) is not None
+    if not config.init_from or ranks.largest(int(begun)):
+        return []
+    source = load_transformer(config.init_from)
+    description = source.description
+    rows = inherit_(transformer, source, class_names, description.class_names, f"--init_from={config.init_from}")
+    lines = [f"weights from {config.init_from}, {source.facts().title}:", *table(rows)]
+    if description.tokenizer_hash is None:
+        lines.append("it does not say of which tokenizer its tokens are: they mean the same only where that is the one given")
+    elif not is_of(description.tokenizer_hash, tokenizer):
+        lines.append("its tokens are of another tokenizer than the one given: what it knows of codes does not hold here")
+    return lines
 
 
 def run_config(config: TrainConfig, size: int) -> RunConfig:
@@ -390,8 +412,9 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     transformer = ScaleTransformer(config.transformer_config(tokenizer, len(source.class_names)))
     std = None if config.ini < 0 else config.ini
     transformer.init_weights(config.alng, config.aln, config.hd, std, config.alng if config.alng_all else config.aln)
+    inherited = start_from_(transformer, config, tokenizer, source.class_names, ranks)
     fidelity = build_fidelity(config, tokenizer, source, ranks) if config.val_fd else None
-    task = NextScalePrediction(config, transformer, tokenizer, source, ranks, fidelity)
+    task = NextScalePrediction(config, transformer, tokenizer, source, ranks, fidelity, inherited)
     return Trainer(task, run_config(config, source.size), ranks)
 
 

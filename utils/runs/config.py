@@ -52,6 +52,7 @@ class TrainConfig:
     background: str = flag(WHITE, BACKGROUND_HELP)
     workers: int | Literal["auto"] = flag("auto", "processes that load images, per rank; 0: none; auto: one less than cores")
     # initialisation
+    init_from: str = flag("", "weights that a new run starts from: file, run, checkpoint or name on the hub, of any family")
     ini: float = flag(-1.0, "std of the initial weights, negative: sqrt(1 / (3 * width))", "--init_std")
     hd: float = flag(0.02, "factor on the initial weights of the head", "--init_head")
     aln: float = flag(0.5, "factor on the initial scale and shift rows of the modulation", "--init_scale_shift")
