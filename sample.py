@@ -27,6 +27,7 @@ from models.drawing import Generators, draw_labels
 from models.families import FAMILIES
 from models.generate import (
     COHORT_SIZE,
+    GUIDANCE_SCHEDULES,
     Cohort,
     SampledScales,
     SamplingConfig,
@@ -49,6 +50,7 @@ from utils.data.token_cache import check_trained_on
 from utils.dump import Dump, begun_settings, finished_settings
 from utils.evidence import commit
 from utils.files import check_writable
+from utils.sampling_flags import guided_scales, temperatures
 
 PRESETS = {
     "fid": {"cfg": "1.5", "top_k": "900", "top_p": "0.96", "smooth": False},
@@ -90,6 +92,12 @@ class SampleConfig:
     top_k: str | None = flag(None, "keep the so many likeliest codes, 0: all; or several")
     top_p: str | None = flag(None, "of those keep the likeliest with this mass, 0: all; or several")
     smooth: bool | None = flag(None, "mix codes by Gumbel-softmax: for pictures only")
+    cfg_schedule: str = flag(
+        "linear", "how guidance grows over the scales, linear as published", choices=tuple(GUIDANCE_SCHEDULES)
+    )
+    cfg_scales: str = flag("", "scales that are guided, counted from 1, such as 3-8; those after them take half the time")
+    temperature: str = flag("1", "what logits are divided by; two with a comma: at the first and at the last scale")
+    min_p: float = flag(0.0, "leave out codes that are less than so many times as likely as the likeliest, 0: none")
     batch: int = flag(
         64, "images that a rank takes at a time, in whole cohorts of 16 (on GPUs 64) that are always computed alike"
     )
@@ -113,7 +121,8 @@ class SampleConfig:
         for name, value in PRESETS[self.preset or "fid"].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        self.sweep()
+        for setting in self.sweep():
+            self.drawing(setting)
         if self.precision != AUTO:
             Precision.parse(self.precision)
 
@@ -134,6 +143,19 @@ class SampleConfig:
             out = out.with_name(out.name + name if is_folder else out.stem + name + out.suffix)
             settings.append(Setting(out, chosen["cfg"], chosen["top_k"], chosen["top_p"], self.smooth))
         return settings
+
+    def drawing(self, setting: "Setting") -> SamplingConfig:
+        """ValueError for a way of drawing that is none."""
+        return SamplingConfig(
+            setting.cfg,
+            setting.top_k,
+            setting.top_p,
+            setting.smooth,
+            self.cfg_schedule,
+            guided_scales(self.cfg_scales),
+            temperatures(self.temperature),
+            self.min_p,
+        )
 
 
 @dataclass(frozen=True)
@@ -179,7 +201,8 @@ Sampler = Callable[[Tensor, Generators], SampledScales]  # labels and generators
 
 def make_sampler(config: SampleConfig, setting: Setting, transformer: ScaleTransformer, tokenizer: VQVAE) -> Sampler:
     """What samples cohorts. ValueError if the models do not fit."""
-    how = SamplingConfig(setting.cfg, setting.top_k, setting.top_p, setting.smooth)
+    how = config.drawing(setting)
+    how.guided(transformer.pyramid.num_scales)
     if config.cuda_graph:
         return CapturedSampler(transformer, tokenizer, how, COHORT_SIZE["cuda"])
     return lambda labels, generators: sample(transformer, tokenizer, labels, how, generators)

@@ -53,6 +53,7 @@ from utils.runs.task import (
     autocast,
     step_seed,
 )
+from utils.sampling_flags import read_sampling
 from utils.signals import StopRequest
 
 HUB_TOKENIZER = f"FoundationVision/var:{RELEASED_TOKENIZER}"
@@ -343,7 +344,9 @@ def build_data(config: TrainConfig, tokenizer: VQVAE) -> FolderData | CachedData
 def build_fidelity(config: TrainConfig, tokenizer: VQVAE, source: FolderData | CachedData, ranks: Ranks) -> Fidelity:
     """For --val_fd."""
     how = tokenizer.config.image_shape[0], source.resize, config.workers, ranks, config.background
-    fidelity = Fidelity(config.data_path, config.val_fd, *how)
+    drawing = read_sampling(config.val_drawing)
+    drawing.guided(tokenizer.pyramid.num_scales)
+    fidelity = Fidelity(config.data_path, config.val_fd, *how, drawing)
     if fidelity.train.class_names != source.class_names:
         raise ValueError(
             f"--data_path={config.data_path}: its classes are not those of the token cache {config.token_cache}: "

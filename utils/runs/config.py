@@ -16,6 +16,7 @@ from utils.cli import flag
 from utils.data.batches import worker_count
 from utils.data.images import check_resize
 from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
+from utils.sampling_flags import read_sampling
 
 SCHEDULES = ("lin0", "lin00", "lin", "cos", "exp")
 SCALE_GROUPS = ("together", "each", "drawn")
@@ -108,6 +109,9 @@ class TrainConfig:
         "samples that each validation draws and scores: their FD-EffLite0 from the held-out images of --data_path, "
         "to be given beside a token cache too; 0: none",
     )
+    val_drawing: str = flag(
+        "", "how samples for --val_fd are drawn, such as 'cfg=2 cfg_scales=3-8 temperature=1:0.5'; empty: as published"
+    )
     peak_tflops: float = flag(0.0, "peak of one GPU in TFLOP/s, for the model FLOPs utilisation; 0: known by the GPU's name")
 
     def __post_init__(self):
@@ -124,6 +128,10 @@ class TrainConfig:
             self._check_at_least(name, 0)
         if self.val_fd == 1:
             raise ValueError("--val_fd=1: a distance needs more images: give 2 or more, or 0 for none")
+        try:
+            read_sampling(self.val_drawing)
+        except ValueError as error:
+            raise ValueError(f"--val_drawing: {error}") from error
         check_resize(self.mid_reso)
         if self.token_cache and (self.hflip or self.mid_reso != TrainConfig.mid_reso):
             raise ValueError("--hflip and --mid_reso are settings of the token cache: give them to scripts/cache_tokens.py")
