@@ -72,7 +72,7 @@ class SamplingConfig:
 
     def guided(self, num_scales: int) -> range:
         """The scales that are guided, counted from 0. ValueError where the pyramid has not that many."""
-        if self.guidance_scale == 0:
+        if self.guidance_scale == 0:  # Differs from MVAR: its sampler takes guidance 1 for none; here as in VAR only 0 is none
             return range(0)
         first, last = self.guidance_scales or (1, num_scales)
         if last > num_scales:
@@ -87,6 +87,16 @@ class SamplingConfig:
         """The temperature there."""
         first, last = self.temperature
         return first + (last - first) * progress
+
+
+class Refiner(NamedTuple):
+    """A second transformer that takes over where another one has drawn the coarse scales (CoDe, arXiv 2411.17787).
+
+    drafted: the first so many scales are the other one's.
+    """
+
+    transformer: ScaleTransformer
+    drafted: int
 
 
 class GenerationState(NamedTuple):
@@ -115,33 +125,36 @@ class Generation(NamedTuple):
 
 @torch.no_grad()
 def sample_scales(
-    transformer: ScaleTransformer, tokenizer: VQVAE, labels: Tensor, config: SamplingConfig, noise: Noise
+    transformer: ScaleTransformer,
+    tokenizer: VQVAE,
+    labels: Tensor,
+    config: SamplingConfig,
+    noise: Noise,
+    refiner: Refiner | None = None,
 ) -> SampledScales:
     """All scales of images of the given classes (B,), one after another.
+
+    refiner: who goes on after the first scales, with a state made of them in one pass.
 
     noise is asked for random numbers in a fixed order: at each scale those that draw its tokens (B, h_k * w_k, V), and with
     config.smooth as many again. Nothing here waits for the device or depends on a value. What the transformer computes is in
     the precision of its weights, all else in float32.
     """
-    # Differs from MVAR: its sampler takes guidance 1 for none; here as in VAR only 0 is none.
-    batch, guided = labels.shape[0], config.guided(transformer.pyramid.num_scales)
-    # scales whose rows of no class are computed: those that are guided, and those before them that these remember
-    doubled = guided if transformer.scales_are_independent else range(guided.stop)
-    rows = torch.cat([labels, torch.full_like(labels, transformer.unconditional)]) if guided else labels
-    conditioning = transformer.condition(rows)
-    conditional = first_rows(conditioning, batch)
-    codebook, quantizer = tokenizer.quantizer.codebook, tokenizer.quantizer
-    f_hat = quantizer.initial(batch)
-    state = GenerationState(transformer.init_state(rows.shape[0]), f_hat, f_hat.flatten(2).transpose(1, 2)[:, :0])
-    indices, sums, finite = [], [], []
-    for k in transformer.pyramid.scales:
-        progress = k / max(transformer.pyramid.num_scales - 1, 1)
-        scale = range(k, k + 1)
-        if k in doubled:
-            logits, blocks = transformer.advance(state.inputs.repeat(2, 1, 1), scale, conditioning, state.blocks)
-            logits = guide(logits, config.strength(progress)) if k in guided else logits[:batch]
-        else:
-            logits, blocks = transformer.advance(state.inputs, scale, conditional, first_rows(state.blocks, batch))
+    codebook, quantizer, pyramid = tokenizer.quantizer.codebook, tokenizer.quantizer, transformer.pyramid
+    guided = config.guided(pyramid.num_scales)
+    predictor = Predictor(transformer, labels, guided)
+    f_hat = quantizer.initial(labels.shape[0])
+    state = GenerationState(predictor.init_state(), f_hat, f_hat.flatten(2).transpose(1, 2)[:, :0])
+    inputs, indices, sums, finite = [], [], [], []
+    for k in pyramid.scales:
+        progress = k / max(pyramid.num_scales - 1, 1)
+        if refiner is not None and k == refiner.drafted:
+            predictor = Predictor(refiner.transformer, labels, guided)
+            state = state._replace(blocks=predictor.state_after(inputs))
+        inputs.append(state.inputs)
+        logits, blocks = predictor.advance(state.inputs, k, state.blocks)
+        if k in guided:
+            logits = guide(logits, config.strength(progress))
         finite.append((logits.abs() < LARGEST_LOGIT).all())  # not where one is NaN
         divisor = config.divisor(progress)
         logits = filter_logits(logits if divisor == 1 else logits / divisor, config.top_k, config.top_p, config.min_p)
@@ -155,9 +168,44 @@ def sample_scales(
             vectors = codebook(indices[k])
         f_hat = quantizer.add_scale(state.f_hat, k, vectors)
         sums.append(f_hat)
-        is_last = k + 1 == transformer.pyramid.num_scales
+        is_last = k + 1 == pyramid.num_scales
         state = GenerationState(blocks, f_hat, state.inputs if is_last else quantizer.next_input(f_hat, k))
     return SampledScales(indices, sums, torch.stack(finite).all())
+
+
+class Predictor:
+    """A transformer that gives logits scale by scale, with rows of no class where guidance needs them.
+
+    labels (B,); guided: consecutive scales that are guided.
+    """
+
+    def __init__(self, transformer: ScaleTransformer, labels: Tensor, guided: range):
+        self.transformer, self.batch, self.guided = transformer, labels.shape[0], guided
+        # scales with rows of no class: those that are guided, and those before them that these remember
+        self.doubled = guided if transformer.scales_are_independent else range(guided.stop)
+        unconditional = torch.full_like(labels, transformer.unconditional)
+        self.both = transformer.condition(torch.cat([labels, unconditional]) if guided else labels)
+        self.conditional = first_rows(self.both, self.batch)
+
+    def init_state(self) -> tuple[BlockState, ...]:
+        return self.transformer.init_state(len(self.both.start))
+
+    def state_after(self, inputs: list[Tensor]) -> tuple[BlockState, ...]:
+        """The state after the scales with these inputs, each (B, h_k * w_k, code_dim), that another transformer has drawn."""
+        if self.transformer.scales_are_independent:
+            return self.init_state()
+        is_doubled = len(inputs) in self.doubled
+        drawn = torch.cat(inputs, dim=1)
+        drawn, conditioning = (drawn.repeat(2, 1, 1), self.both) if is_doubled else (drawn, self.conditional)
+        return self.transformer.advance(drawn, range(len(inputs)), conditioning)[1]
+
+    def advance(self, inputs: Tensor, k: int, states: tuple[BlockState, ...]) -> tuple[Tensor, tuple[BlockState, ...]]:
+        """Inputs (B, h_k * w_k, code_dim) of scale k -> its logits, (2B, ...) where it is guided and (B, ...) elsewhere."""
+        scale = range(k, k + 1)
+        if k in self.doubled:
+            logits, states = self.transformer.advance(inputs.repeat(2, 1, 1), scale, self.both, states)
+            return logits if k in self.guided else logits[: self.batch], states
+        return self.transformer.advance(inputs, scale, self.conditional, first_rows(states, self.batch))
 
 
 def first_rows(parts: Any, count: int) -> Any:
@@ -171,14 +219,23 @@ def first_rows(parts: Any, count: int) -> Any:
 
 
 def sample(
-    transformer: ScaleTransformer, tokenizer: VQVAE, labels: Tensor, config: SamplingConfig, generator: Generators = None
+    transformer: ScaleTransformer,
+    tokenizer: VQVAE,
+    labels: Tensor,
+    config: SamplingConfig,
+    generator: Generators = None,
+    refiner: Refiner | None = None,
 ) -> SampledScales:
     """`sample_scales` with random numbers of a generator on the labels' device, or of one for each image.
 
     ValueError if the models do not fit.
     """
     check_fit(transformer, tokenizer)
-    return sample_scales(transformer, tokenizer, labels, config, functools.partial(exponential_noise, generator=generator))
+    if refiner is not None:
+        check_refiner(refiner, transformer)
+        check_fit(refiner.transformer, tokenizer)
+    noise = functools.partial(exponential_noise, generator=generator)
+    return sample_scales(transformer, tokenizer, labels, config, noise, refiner)
 
 
 def decode_sampled(tokenizer: VQVAE, sampled: SampledScales) -> Tensor:
@@ -254,3 +311,13 @@ def check_fit(transformer: ScaleTransformer, tokenizer: VQVAE) -> None:
     ):
         if value != other:
             raise ValueError(f"the transformer's {name} is {value}, the tokenizer's {other}: load a pair that fits")
+
+
+def check_refiner(refiner: Refiner, transformer: ScaleTransformer) -> None:
+    """ValueError where it knows other classes, or where the scales to be drafted leave one of both nothing to do."""
+    ours, theirs = transformer.config.num_classes, refiner.transformer.config.num_classes
+    if ours != theirs:
+        raise ValueError(f"the one that refines has {theirs} classes, the one that drafts {ours}: load a pair that fits")
+    num_scales = transformer.pyramid.num_scales
+    if not 1 <= refiner.drafted < num_scales:
+        raise ValueError(f"{refiner.drafted} drafted scales: the pyramid has {num_scales}: give 1 to {num_scales - 1}")

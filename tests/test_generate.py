@@ -4,7 +4,7 @@ from golden_weights import IMAGES, LOGITS, TRANSFORMERS, assert_near, every, fac
 from small_models import CODE_DIM, NUM_CLASSES, NUM_CODES, SIDES, VARIANTS, seeded, small_tokenizer, small_transformer
 
 from models.drawing import draw_labels, guide
-from models.generate import GUIDANCE_SCHEDULES, SamplingConfig, generate
+from models.generate import GUIDANCE_SCHEDULES, Refiner, SamplingConfig, generate, sample
 
 STRIDE = facts("tokenizer")["image_stride"]
 SMOOTH = ("mvar_tiny", "var_tiny", "var_tiny_saln")
@@ -151,6 +151,46 @@ def test_guidance_on_some_scales_is_guidance_whose_strength_is_zero_on_the_other
     whole = generate(model, vae, LABELS, guidance_scale=3.0, **GREEDY)
     assert torch.equal(joined(some.indices), joined(whole.indices))
     assert_near(some.images, whole.images, 1e-5)
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("how", [{}, {"guidance_scale": 0.0}, {"guidance_scales": (2, 3)}, {"guidance_scales": (5, 6)}])
+def test_a_transformer_that_refines_its_own_draft_makes_what_it_makes_alone(family, how):
+    model, vae = small_transformer(**VARIANTS[family]).requires_grad_(False), small_tokenizer()
+    config = SamplingConfig(**{"guidance_scale": 3.0, "top_k": 1, "top_p": 0.0} | how)
+    alone = sample(model, vae, LABELS, config)
+    for drafted in (1, 4):
+        together = sample(model, vae, LABELS, config, refiner=Refiner(model, drafted))
+        assert torch.equal(joined(together.indices), joined(alone.indices))
+
+
+@pytest.mark.parametrize(("draft", "refine"), [("mvar", "var"), ("var", "mvar"), ("markov", "mvar"), ("mvar", "markov")])
+def test_another_transformer_goes_on_where_the_first_one_ends(draft, refine):
+    first, second = (small_transformer(family).requires_grad_(False) for family in (draft, refine))
+    vae, config = small_tokenizer(), SamplingConfig(0.0, 1, 0.0)
+    together = sample(first, vae, LABELS, config, refiner=Refiner(second, 3))
+    assert all(
+        torch.equal(*pair) for pair in zip(together.indices[:3], sample(first, vae, LABELS, config).indices, strict=False)
+    )
+    # every further scale is the likeliest to the second one, given all before it
+    logits = second(LABELS, vae.teacher_inputs(together.indices))
+    for k in (3, 4, 5):
+        scale = second.pyramid.tokens(range(k, k + 1))
+        chosen = logits[:, scale].gather(-1, together.indices[k][..., None])[..., 0]
+        assert_near(chosen, logits[:, scale].amax(dim=-1), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "drafted", "named"),
+    [
+        ({}, 6, "6 drafted scales: the pyramid has 6: give 1 to 5"),
+        ({}, 0, "0 drafted scales"),
+        ({"sides": (1, 2, 3)}, 2, "pyramid"),
+    ],
+)
+def test_a_pair_that_does_not_fit_is_refused(small, changes, drafted, named):
+    with pytest.raises(ValueError, match=named):
+        sample(*small, LABELS, SamplingConfig(), refiner=Refiner(small_transformer(**changes), drafted))
 
 
 def test_guidance_grows_by_its_schedule():
