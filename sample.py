@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,9 +30,11 @@ from models.generate import (
     COHORT_SIZE,
     GUIDANCE_SCHEDULES,
     Cohort,
+    Refiner,
     SampledScales,
     SamplingConfig,
     check_finite,
+    check_models,
     decode_sampled,
     num_cohorts,
     sample,
@@ -50,6 +53,7 @@ from utils.data.token_cache import check_trained_on
 from utils.dump import Dump, begun_settings, finished_settings
 from utils.evidence import commit
 from utils.files import check_writable
+from utils.judging import BestOf, Judge, Sampler
 from utils.sampling_flags import guided_scales, temperatures
 
 PRESETS = {
@@ -97,6 +101,12 @@ class SampleConfig:
     )
     cfg_scales: str = flag("", "scales that are guided, counted from 1, such as 3-8; those after them take half the time")
     temperature: str = flag("1", "what logits are divided by; two with a comma: at the first and at the last scale")
+    best_of: int = flag(1, "draw every image so many times and keep the one that --judge finds likeliest to be of its class")
+    judge: str = flag("", "--best_of: efflite0, for ImageNet's classes, or weights of a torchvision classifier")
+    refine_ckpt: str = flag(
+        "", "a second transformer that draws the scales after the first --draft_scales; with state or without"
+    )
+    draft_scales: int = flag(0, "--refine_ckpt: so many coarse scales are drawn by --ckpt")
     min_p: float = flag(0.0, "leave out codes that are less than so many times as likely as the likeliest, 0: none")
     batch: int = flag(
         64, "images that a rank takes at a time, in whole cohorts of 16 (on GPUs 64) that are always computed alike"
@@ -123,6 +133,10 @@ class SampleConfig:
                 object.__setattr__(self, name, value)
         for setting in self.sweep():
             self.drawing(setting)
+        if self.best_of < 1 or (self.best_of > 1) != bool(self.judge):
+            raise ValueError(f"--best_of={self.best_of} --judge={self.judge}: give both, --best_of 2 or more, or neither")
+        if bool(self.refine_ckpt) != bool(self.draft_scales):
+            raise ValueError(f"--refine_ckpt={self.refine_ckpt} --draft_scales={self.draft_scales}: give both, or neither")
         if self.precision != AUTO:
             Precision.parse(self.precision)
 
@@ -196,16 +210,25 @@ def all_labels(config: SampleConfig, classes: list[int], num_classes: int) -> li
     return [classes[n * len(classes) // num] for n in range(num)]
 
 
-Sampler = Callable[[Tensor, Generators], SampledScales]  # labels and generators of a cohort
-
-
-def make_sampler(config: SampleConfig, setting: Setting, transformer: ScaleTransformer, tokenizer: VQVAE) -> Sampler:
+def make_sampler(
+    config: SampleConfig,
+    setting: Setting,
+    transformer: ScaleTransformer,
+    tokenizer: VQVAE,
+    helpers: "Helpers | None" = None,
+) -> Sampler:
     """What samples cohorts. ValueError if the models do not fit."""
+    refiner, judge = helpers or Helpers()
     how = config.drawing(setting)
     how.guided(transformer.pyramid.num_scales)
     if config.cuda_graph:
-        return CapturedSampler(transformer, tokenizer, how, COHORT_SIZE["cuda"])
-    return lambda labels, generators: sample(transformer, tokenizer, labels, how, generators)
+        draw = CapturedSampler(transformer, tokenizer, how, COHORT_SIZE["cuda"], refiner=refiner)
+    else:
+
+        def draw(labels: Tensor, generators: Generators) -> SampledScales:
+            return sample(transformer, tokenizer, labels, how, generators, refiner)
+
+    return draw if judge is None else BestOf(config.best_of, draw, tokenizer, judge)
 
 
 def start_decoding(tokenizer: VQVAE, sampled: SampledScales, stream: torch.cuda.Stream | None) -> Callable[[], np.ndarray]:
@@ -293,6 +316,28 @@ def load_models(config: SampleConfig, device: torch.device) -> tuple[ScaleTransf
     return transformer.to(device), tokenizer.to(device), description.class_names if description else []
 
 
+class Helpers(NamedTuple):
+    """Further models that take part in sampling."""
+
+    refiner: Refiner | None = None
+    judge: Judge | None = None
+
+    @classmethod
+    def load(cls, config: SampleConfig, transformer: ScaleTransformer, device: torch.device) -> "Helpers":
+        """Those of --refine_ckpt and --judge. ValueError and FileNotFoundError where they cannot be had, or do not fit."""
+        refiner = judge = None
+        if config.refine_ckpt:
+            refiner = Refiner(load_transformer(config.refine_ckpt, ema=config.ema).to(device), config.draft_scales)
+        if config.judge:
+            judge = Judge(config.judge, transformer.config.num_classes, device)
+        return cls(refiner, judge)
+
+    def hashes(self) -> dict[str, str]:
+        """Of their weights, for the settings of a dump."""
+        found = {} if self.refiner is None else {"refiner_sha256": weights_hash(self.refiner.transformer)}
+        return found if self.judge is None else found | {"judge_sha256": self.judge.fingerprint}
+
+
 def choose_precision(
     config: SampleConfig, settings: list[Setting], transformer: ScaleTransformer, tokenizer: VQVAE, ranks: Ranks
 ) -> Precision:
@@ -313,12 +358,13 @@ def draw_pictures(
     setting: Setting,
     transformer: ScaleTransformer,
     tokenizer: VQVAE,
+    helpers: Helpers,
     labels: list[int],
     names: list[str],
 ) -> None:
     """A grid, or the scales of some images, in one file."""
     device = next(transformer.parameters()).device
-    sampler = make_sampler(config, setting, transformer, tokenizer)
+    sampler = make_sampler(config, setting, transformer, tokenizer, helpers)
     kept = []
     with tqdm(total=len(labels), unit="image") as bar:
         for number in range(num_cohorts(len(labels), device.type)):
@@ -329,6 +375,8 @@ def draw_pictures(
             pictures = scale_pictures(tokenizer, sampled) if in_scales else plots.to_uint8(decode_sampled(tokenizer, sampled))
             kept.append(pictures[: len(cohort.numbers)])
             bar.update(len(cohort.numbers))
+    if isinstance(sampler, BestOf):
+        print(sampler.told(), file=sys.stderr)
     setting.out.parent.mkdir(parents=True, exist_ok=True)
     if config.format == "grid":
         write_grid(setting.out, np.concatenate(kept), labels, names)
@@ -350,6 +398,7 @@ def write_dump(
     setting: Setting,
     transformer: ScaleTransformer,
     tokenizer: VQVAE,
+    helpers: Helpers,
     ranks: Ranks,
 ) -> None:
     """PNG files or an .npz; every rank makes its share of the cohorts that are missing, the main rank puts them together."""
@@ -371,13 +420,15 @@ def write_dump(
         dump.write(number, images)
         bar.update(min(ranks.world * len(images), count - bar.n))  # the others are as far as this one
 
-    sampler = make_sampler(config, setting, transformer, tokenizer) if mine else None
+    sampler = make_sampler(config, setting, transformer, tokenizer, helpers) if mine else None
     stream = torch.cuda.Stream() if ranks.device.type == "cuda" else None
     with bar, Background() as writer:
         for number in mine:
             cohort = Cohort.of(dump.labels, number, config.seed, ranks.device)
             decoded = start_decoding(tokenizer, sampler(cohort.labels, cohort.generators), stream)
             writer.put(functools.partial(write, number, cohort, decoded))
+    if isinstance(sampler, BestOf):
+        print(sampler.told(), file=sys.stderr)
     if ranks.is_main:
         while dump.missing():  # of other ranks
             time.sleep(0.2)
@@ -395,11 +446,17 @@ def main() -> None:
         if ranks.world > 1 and not config.is_dump:
             raise ValueError(f"--format={config.format}: a picture is made by one process: run it without torchrun")
         transformer, tokenizer, class_names = load_models(config, ranks.device)
+        helpers = Helpers.load(config, transformer, ranks.device)
+        check_models(transformer, tokenizer, helpers.refiner)
         scan_choice = choose_scan_(transformer, config.scan_backend, ranks.device)
         models = {"transformer_sha256": transformer, "tokenizer_sha256": tokenizer}
         weights = {name: weights_hash(model) for name, model in models.items()} if config.is_dump else {}
+        weights |= helpers.hashes() if config.is_dump else {}
         precision = choose_precision(config, settings, transformer, tokenizer, ranks)
         precision.apply_(transformer, tokenizer)
+        if helpers.refiner is not None:
+            choose_scan_(helpers.refiner.transformer, config.scan_backend, ranks.device)
+            precision.apply_(helpers.refiner.transformer, tokenizer)
         # those used, which images depend on
         config = replace(config, scan_backend=scan_choice.backend, precision=str(precision))
         if ranks.is_main:
@@ -411,12 +468,14 @@ def main() -> None:
         else:
             classes = list(range(num_classes if config.is_dump else min(num_classes, DEFAULT_CLASSES)))
         labels = all_labels(config, classes, num_classes)
+        if config.judge and num_classes in labels:
+            raise ValueError(f"--judge={config.judge}: of images of no class nothing can be judged: leave one of both out")
         if ranks.is_main and class_names:
             print(told_classes(labels, names), file=sys.stderr)
         for setting in settings:
             done = f"wrote {len(labels)} images ({config.format}) to {setting.out}"
             if not config.is_dump:
-                draw_pictures(config, setting, transformer, tokenizer, labels, names)
+                draw_pictures(config, setting, transformer, tokenizer, helpers, labels, names)
             else:
                 dump = plan_dump(config, setting, weights, ranks.device.type, labels)
                 if config.overwrite and ranks.is_main:
@@ -424,7 +483,7 @@ def main() -> None:
                 if not config.overwrite and ranks.largest(int(ranks.is_main and dump.is_finished())):
                     done = f"{setting.out}: all {len(labels)} images of this command are there already"
                 else:
-                    write_dump(dump, config, setting, transformer, tokenizer, ranks)
+                    write_dump(dump, config, setting, transformer, tokenizer, helpers, ranks)
             if ranks.is_main:
                 print(done)
 

@@ -230,10 +230,7 @@ def sample(
 
     ValueError if the models do not fit.
     """
-    check_fit(transformer, tokenizer)
-    if refiner is not None:
-        check_refiner(refiner, transformer)
-        check_fit(refiner.transformer, tokenizer)
+    check_models(transformer, tokenizer, refiner)
     noise = functools.partial(exponential_noise, generator=generator)
     return sample_scales(transformer, tokenizer, labels, config, noise, refiner)
 
@@ -313,8 +310,12 @@ def check_fit(transformer: ScaleTransformer, tokenizer: VQVAE) -> None:
             raise ValueError(f"the transformer's {name} is {value}, the tokenizer's {other}: load a pair that fits")
 
 
-def check_refiner(refiner: Refiner, transformer: ScaleTransformer) -> None:
-    """ValueError where it knows other classes, or where the scales to be drafted leave one of both nothing to do."""
+def check_models(transformer: ScaleTransformer, tokenizer: VQVAE, refiner: Refiner | None = None) -> None:
+    """ValueError unless they fit; a refiner has to know the same classes, and both transformers need scales to draw."""
+    check_fit(transformer, tokenizer)
+    if refiner is None:
+        return
+    check_fit(refiner.transformer, tokenizer)
     ours, theirs = transformer.config.num_classes, refiner.transformer.config.num_classes
     if ours != theirs:
         raise ValueError(f"the one that refines has {theirs} classes, the one that drafts {ours}: load a pair that fits")
