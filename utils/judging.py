@@ -109,7 +109,7 @@ class BestOf:
         return (
             f"best of {self.count} by {self.judge.name}: {self.kept_first / self.images:.0%} of images are the first "
             f"candidate, {1 / self.count:.0%} of all candidates are kept; mean probability of the class "
-            f"{self.before / self.images:.3f} -> {self.after / self.images:.3f}. Do not score these images with the same network"
+            f"{self.before / self.images:.3f} -> {self.after / self.images:.3f}. The same network must not score these images"
         )
 
 
