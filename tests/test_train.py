@@ -264,3 +264,90 @@ def test_help_explains_every_flag(command):
     code, output, _ = command("--help")
     assert code == 0
     assert "peak learning rate per 256 images" in " ".join(output.split())
+
+
+# --- from other weights -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained_var(images, tokenizer, tmp_path_factory):
+    """A VAR of two steps, whose classes have names."""
+    run = tmp_path_factory.mktemp("var")
+    words = [*SMALL, "--family=var", "--max_steps=2", "--vae", tokenizer, "--data_path", images, "--local_out_dir_path", run]
+    config = cli.parse(TrainConfig, "", list(map(str, words)))
+    train.build_trainer(config, Ranks(0, 1, torch.device("cpu"))).fit()
+    return run
+
+
+def test_a_run_starts_from_weights_of_another_kind_and_goes_on_without_them(trained_var, images, tokenizer, tmp_path, command):
+    run = tmp_path / "run"
+    words = [*SMALL, "--vae", tokenizer, "--data_path", images, "--local_out_dir_path", run, "--init_from"]
+    code, out, errors = command(*words, trained_var, "--max_steps=1", "--alng=0")
+    assert code == 0, errors
+    for part in ("class embedding", "attention", "mamba2", "modulation"):
+        assert part in out
+    assert "new, of new mixers" in out
+    # one step of a small rate later it still is what it came from, but for that step
+    ours, theirs = load_transformer(run, ema=False), load_transformer(trained_var)
+    assert (ours.head.weight - theirs.head.weight).abs().max() < 1e-3
+    # resumed, it does not need the file any more
+    code, out, errors = command(*words, tmp_path / "gone", "--max_steps=2", "--alng=0")
+    assert code == 0, errors
+    assert "resuming at step 1" in out
+    assert "mamba2" not in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--depth=3"], "depth 2, not 3 (give --depth=2)"),
+        (["--width=128"], "width 64, not 128 (give --width=64)"),
+        (["--saln=1"], "shared modulation False, not True (give --saln=False)"),
+    ],
+)
+def test_weights_of_another_shape_are_refused(flags, message, trained_var, images, tokenizer, tmp_path, command):
+    run = ["--vae", tokenizer, "--data_path", images, "--local_out_dir_path", tmp_path / "run", "--init_from", trained_var]
+    code, _, errors = command(*SMALL, *run, *flags)
+    assert_refused(code, errors, message)
+
+
+def test_the_alignment_makes_images_likelier_under_their_own_class_than_under_others(
+    trained_var, images, tokenizer, tmp_path, command
+):
+    run = tmp_path / "run"
+    words = [*SMALL, "--family=var", "--objective=cca", "--tblr=0.2", "--class_dropout=0", "--drop_path=0", "--cca_weight=1"]
+    words += ["--vae", tokenizer, "--data_path", images, "--local_out_dir_path", run, "--save_every=4", "--ep=20"]
+    code, _, errors = command(*words, "--init_from", trained_var, "--max_steps=24")
+    assert code == 0, errors
+    entries = [entry for entry in read_metrics(run) if "likelihood_gain" in entry]
+    first, last = entries[0], entries[-1]
+    assert first["likelihood_gain"] == pytest.approx(0, abs=1e-3)
+    assert first["likelihood_gain_of_others"] == pytest.approx(0, abs=1e-3)
+    assert last["likelihood_gain"] > last["likelihood_gain_of_others"] + 0.5
+    # the reference of a resumed run is the start, not where the run has come to
+    code, _, errors = command(*words, "--init_from", run, "--max_steps=28")
+    assert_refused(code, errors, "was begun from other weights")
+
+
+def test_a_resumed_alignment_is_the_uninterrupted_one(trained_var, images, tokenizer, tmp_path, command):
+    words = [*SMALL, "--objective=cca", "--vae", tokenizer, "--data_path", images, "--init_from", trained_var, "--ac=2"]
+    words += ["--ep=20", "--wp0=1", "--wpe=1"]  # the same rate at every step, however many there are
+    for name, stops in (("whole", [4]), ("parts", [2, 4])):
+        for stop in stops:
+            code, _, errors = command(*words, "--local_out_dir_path", tmp_path / name, f"--max_steps={stop}")
+            assert code == 0, errors
+    whole, parts = (load_transformer(tmp_path / name, ema=False).state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--objective=cca"], "--objective=cca: starts from a trained transformer: give --init_from"),
+        (["--objective=cca", "--init_from=x", "--pg=0.5"], "leave out --pg"),
+        (["--objective=cca", "--init_from=x", "--cca_beta=0"], "--cca_beta=0.0: give a number above 0"),
+    ],
+)
+def test_an_alignment_that_cannot_be_is_refused(flags, message, command):
+    code, _, errors = command(*SMALL, *flags)
+    assert_refused(code, errors, message)

@@ -19,6 +19,7 @@ from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
 from utils.sampling_flags import read_sampling
 
 SCHEDULES = ("lin0", "lin00", "lin", "cos", "exp")
+OBJECTIVES = ("likelihood", "cca")
 SCALE_GROUPS = ("together", "each", "drawn")
 RELEASED_TOKENIZER = "vae_ch160v4096z32.pth"
 
@@ -86,6 +87,13 @@ class TrainConfig:
         "markov: train all scales together, in turn (same gradient, memory of the largest group), or one group a step, 8:1:1",
         choices=SCALE_GROUPS,
     )
+    objective: str = flag(
+        "likelihood",
+        "what is learnt; cca: condition contrastive alignment, an epoch from --init_from makes guidance needless",
+        choices=OBJECTIVES,
+    )
+    cca_beta: float = flag(0.02, "--objective=cca: how far from the start, large: hardly")
+    cca_weight: float = flag(50.0, "--objective=cca: weight of images under labels of others; published: 50, d24 100, d30 1000")
     # progressive training
     pg: float = flag(0.0, "train more and more scales during this first share of the run, 0: all from the start")
     pg0: int = flag(4, "progressive training starts with this many scales plus one")
@@ -148,8 +156,21 @@ class TrainConfig:
                 f"--scale_groups={self.scale_groups}: scales depend on one another in family {self.family}"
                 f"{' with --global_blocks' if self.global_blocks else ''}: only all of --family=markov can be trained so"
             )
+        if self.objective == "cca":
+            self._check_contrast()
         if self.parallel == "fsdp" and self.fp16 == 1:
             raise ValueError("--parallel=fsdp with --fp16=1: sharded training has no loss scaling: give --fp16=2 (bfloat16)")
+
+    def _check_contrast(self) -> None:
+        if not self.init_from:
+            raise ValueError("--objective=cca: starts from a trained transformer: give --init_from")
+        if self.pg or self.scale_groups != "together" or self.parallel == "fsdp" or self.ls:
+            raise ValueError(
+                "--objective=cca: takes all scales at once, on every rank: leave out --pg, --scale_groups, --ls, fsdp"
+            )
+        for name in ("cca_beta", "cca_weight"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
 
     def _check_at_least(self, name: str, least: float) -> None:
         if getattr(self, name) < least:
