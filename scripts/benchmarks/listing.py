@@ -37,8 +37,8 @@ def listing(config: BenchmarkConfig) -> list[dict]:
     """Names of a large data set
 
     A folder of empty files, with names like ImageNet's and its share of held-out ones, is listed and handed to processes
-    as DataLoader does it, by a fork. Each of these workers then looks at the name and label of every image once, as it will have in a
-    long run. First as a list of tuples, which is what torchvision's ImageFolder keeps, then as train.py keeps them.
+    as DataLoader does it, by a fork. Each of these workers then looks at the name and label of every image once, as it will
+    have in a long run. First as a list of tuples, which is what torchvision's ImageFolder keeps, then as train.py keeps them.
 
     - *Time to list*: both splits, the kernel's own memory of the folders being warm; torchrun's other ranks list nothing, but
       with ImageFolder each would.
