@@ -108,9 +108,9 @@ def test_bad_files_are_left_out_and_noted(spoilt, tmp_path):
     assert list(train_files.names) == [name for name in clean.names if name not in BROKEN]
     assert (len(train_files), len(val_files)) == (22, 11)
     assert train_files.labels.tolist() == [0] * 7 + [1] * 8 + [2] * 7
-    assert told[1] == f"left out 3 files that cannot be read, listed in {tmp_path / 'run' / 'skipped.json'}"
+    assert told[1] == f"3 of 36 files cannot be read and are left out, listed in {tmp_path / 'run' / 'skipped.json'}"
     assert [line.partition(": not a readable image")[0] for line in told[2:]] == [
-        f"left out {spoilt / name}" for name in BROKEN
+        f"left out: {spoilt / name}" for name in BROKEN
     ]
     record = json.loads((tmp_path / "run" / "skipped.json").read_text())
     assert tuple(record["files"]) == BROKEN
@@ -179,7 +179,7 @@ def test_training_is_that_without_the_bad_files(spoilt, cleaned, tokenizer, tmp_
         words = [*SMALL, "--vae", tokenizer, "--data_path", root, "--local_out_dir_path", tmp_path / run, *flags]
         code, output, errors = run_in_process(train.main, words, monkeypatch, capsys)
         assert code == 0, errors
-    assert "left out 3 files that cannot be read" in output
+    assert "3 of 36 files cannot be read and are left out" in output
     assert_same_training(tmp_path / "run", tmp_path / "cleaned_run")
 
 
@@ -200,7 +200,7 @@ def test_a_tokenizer_is_trained_on_a_share_and_without_bad_files(spoilt, tmp_pat
     code, output, errors = run_in_process(script("train_tokenizer").main, words, monkeypatch, capsys)
     assert code == 0, errors
     assert "0.3 of it by a hash of file names" in output
-    assert "left out 2 files that cannot be read" in output
+    assert "2 of 24 files cannot be read and are left out" in output
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def images_of(flags: FolderFlags, ranks: Ranks, record: Path) -> tuple[ImageFile
     notes = [told(train, val)]
     if not flags.skip_bad:
         return train, val, notes
-    listing = listing_hash(train, val)
+    listing, total = listing_hash(train, val), len(train) + len(val)
     bad = ranks.once(lambda: read_record(record, listing))
     if bad is None:
         with ranks.failing_together():
@@ -57,11 +57,11 @@ def images_of(flags: FolderFlags, ranks: Ranks, record: Path) -> tuple[ImageFile
         rows = [torch.nonzero(ranks.sum(part)).flatten().numpy() for part in found]
         bad = ranks.once(lambda: write_record(record, listing, (train, val), rows, background_colour(flags.background)))
     with ranks.failing_together():
-        check_few(len(bad), len(train) + len(val), flags.max_bad, record)
+        check_few(len(bad), total, flags.max_bad, record)
         train, val = without(train, bad), without(val, bad)
         check_left(train, val)
-    notes.append(f"left out {len(bad):,} files that cannot be read{f', listed in {record}' if bad else ''}")
-    return train, val, notes + [f"left out {reason}" for reason in list(bad.values())[:SHOWN]]
+    notes.append(f"{len(bad):,} of {total:,} files cannot be read and are left out{f', listed in {record}' if bad else ''}")
+    return train, val, notes + [f"left out: {reason}" for reason in list(bad.values())[:SHOWN]]
 
 
 def find_unreadable(files: ImageFiles, flags: FolderFlags, ranks: Ranks, split: str) -> torch.Tensor:
