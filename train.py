@@ -28,7 +28,7 @@ from models.transformer import ScaleTransformer, recompute_blocks_
 from trainer import Trainer
 from utils import cli, plots
 from utils.checkpoint import load_fitting_tokenizer, load_tokenizer_for
-from utils.data.images import ImageFiles
+from utils.data.images import Pictures
 from utils.data.layouts import check_root
 from utils.data.sources import CachedData, Data, FolderData
 from utils.data.token_cache import check_classes, fingerprint, is_of, read_manifest, short
@@ -330,7 +330,7 @@ def tokenizer_source(config: TrainConfig) -> str:
     return RELEASED_TOKENIZER if Path(RELEASED_TOKENIZER).exists() else HUB_TOKENIZER
 
 
-def build_data(config: TrainConfig, tokenizer: VQVAE, images: tuple[ImageFiles, ImageFiles] | None) -> FolderData | CachedData:
+def build_data(config: TrainConfig, tokenizer: VQVAE, images: tuple[Pictures, Pictures] | None) -> FolderData | CachedData:
     """Images, to train on and held out, or the tokens that the flags name. ValueError where they do not fit the tokenizer."""
     if config.token_cache:
         return CachedData(config.token_cache, tokenizer, Pyramid.parse(config.pn) if config.pn else None)
@@ -345,7 +345,7 @@ def build_fidelity(
     config: TrainConfig,
     tokenizer: VQVAE,
     source: FolderData | CachedData,
-    images: tuple[ImageFiles, ImageFiles],
+    images: tuple[Pictures, Pictures],
     ranks: Ranks,
 ) -> Fidelity:
     """For --val_fd."""

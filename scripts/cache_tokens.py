@@ -25,7 +25,7 @@ from utils.checkpoint import load_fitting_tokenizer
 from utils.cli import flag, required
 from utils.data import token_cache
 from utils.data.batches import batches_at, val_batches, worker_count
-from utils.data.images import ImageFiles, Images, check_resize, listing_hash
+from utils.data.images import Images, Pictures, check_resize, listing_hash
 from utils.data.layouts import VAL_SHARE_HELP, check_root, check_share
 from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
 from utils.data.token_cache import ARRAYS, CacheShard, Plan
@@ -69,7 +69,7 @@ class CacheConfig:
             raise ValueError(f"--views={self.views} with --center_crop would repeat the same tokens: give --views=1")
 
 
-def make_plan(config: CacheConfig, tokenizer: VQVAE, train: ImageFiles, val: ImageFiles) -> Plan:
+def make_plan(config: CacheConfig, tokenizer: VQVAE, train: Pictures, val: Pictures) -> Plan:
     """What this command would write. ValueError for a tokenizer whose tokens or images do not fit."""
     height, width = tokenizer.config.image_shape
     if height != width:

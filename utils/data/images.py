@@ -6,7 +6,7 @@ names sorted give the labels 0, 1, ...
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -25,6 +25,8 @@ from utils.data.pictures import EXTENSIONS, WHITE, background_colour, read_pictu
 class Pictures(Protocol):
     """What gives pictures and labels by number, from wherever they are; all that training asks of it."""
 
+    root: str  # what they are of, for people
+    layout: str  # how they lie there, in words
     labels: np.ndarray  # (N,) int64
     class_names: list[str]  # by label
 
@@ -36,6 +38,10 @@ class Pictures(Protocol):
 
     def picture(self, index: int, background: tuple[int, int, int]) -> Image.Image:
         """RGB, upright. ValueError, in one line that names it, where it cannot be read."""
+        ...
+
+    def listing(self) -> Iterator[str]:
+        """What tells each from others, wherever all of them lie: cheap to have, no pixels are read."""
         ...
 
     def take(self, rows: np.ndarray) -> Self:
@@ -91,6 +97,9 @@ class ImageFiles:
     def picture(self, index: int, background: tuple[int, int, int]) -> Image.Image:
         return read_picture(self.name(index), background)
 
+    def listing(self) -> Iterator[str]:
+        return iter(self.names)
+
     def take(self, rows: np.ndarray) -> "ImageFiles":
         names = Names.of(self.names[row] for row in rows)
         return ImageFiles(self.root, names, self.labels[rows], self.class_names, self.layout)
@@ -140,7 +149,7 @@ def _packed(root: str | Path, listing: Listing, class_names: list[str], by_rule:
     return ImageFiles(str(root), names, labels, class_names, listing.layout)
 
 
-def told(train: ImageFiles, val: ImageFiles) -> str:
+def told(train: Pictures, val: Pictures) -> str:
     """Both splits in a line for people."""
     return (
         f"{train.root}: {len(train):,} images of {len(train.class_names):,} classes ({train.layout}), "
@@ -148,11 +157,11 @@ def told(train: ImageFiles, val: ImageFiles) -> str:
     )
 
 
-def listing_hash(train: ImageFiles, val: ImageFiles) -> str:
+def listing_hash(train: Pictures, val: Pictures) -> str:
     """SHA-256 over the file names below the root and their labels, in the order of the rows."""
     digest = hashlib.sha256()
     for files in (train, val):
-        for name, label in zip(files.names, files.labels.tolist(), strict=True):
+        for name, label in zip(files.listing(), files.labels.tolist(), strict=True):
             digest.update(f"{name}\n{label}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 

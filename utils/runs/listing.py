@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dist import Ranks
 from utils.data.batches import batches_at, in_order
-from utils.data.images import ImageFiles, listing_hash, read_folders, told
+from utils.data.images import Pictures, listing_hash, read_folders, told
 from utils.data.pictures import background_colour
 from utils.data.survey import AT_ONCE, Unreadable
 from utils.files import replace_text
@@ -20,6 +20,7 @@ SKIP_HELP = "leave out files that cannot be read; all are looked at once, before
 MAX_HELP = "--skip_bad: end the run where more than this share cannot be read"
 RECORD = "skipped.json"  # in a run's directory
 SHOWN = 10  # of skipped files, in the log
+Bad = dict[str, dict[int, str]]  # split -> row -> why it cannot be read
 
 
 class FolderFlags(Protocol):
@@ -38,33 +39,36 @@ def check_max_bad(max_bad: float) -> None:
         raise ValueError(f"--max_bad={max_bad}: give a share from 0 to below 1")
 
 
-def images_of(flags: FolderFlags, ranks: Ranks, record: Path) -> tuple[ImageFiles, ImageFiles, list[str]]:
+def images_of(flags: FolderFlags, ranks: Ranks, record: Path) -> tuple[Pictures, Pictures, list[str]]:
     """The images to train on, the held-out ones, and what is to be told about them; all ranks ask together.
 
-    The main rank lists them. Which cannot be read is found out once: `record` keeps their names, so that a run that goes on
-    leaves out the same ones, whatever has happened to files meanwhile. ValueError and OSError, on one rank for all, for folders
-    that do not fit and for too many bad files.
+    The main rank lists them. Which cannot be read is found out once: `record` keeps that, so that a run that goes on leaves out
+    the same ones, whatever has happened to files meanwhile. ValueError and OSError, on one rank for all, for folders that do
+    not fit and for too many bad files.
     """
     train, val = ranks.once(lambda: read_folders(flags.data_path, flags.val_share))
     notes = [told(train, val)]
     if not flags.skip_bad:
         return train, val, notes
-    listing, total = listing_hash(train, val), len(train) + len(val)
+    splits, total = {"train": train, "val": val}, len(train) + len(val)
+    listing = ranks.once(lambda: listing_hash(train, val))
     bad = ranks.once(lambda: read_record(record, listing))
     if bad is None:
         with ranks.failing_together():
-            found = [find_unreadable(files, flags, ranks, split) for split, files in (("train", train), ("val", val))]
-        rows = [torch.nonzero(ranks.sum(part)).flatten().numpy() for part in found]
-        bad = ranks.once(lambda: write_record(record, listing, (train, val), rows, background_colour(flags.background)))
+            found = {split: find_unreadable(pictures, flags, ranks, split) for split, pictures in splits.items()}
+        rows = {split: torch.nonzero(ranks.sum(part)).flatten().tolist() for split, part in found.items()}
+        bad = ranks.once(lambda: write_record(record, listing, splits, rows, background_colour(flags.background)))
+    reasons = [reason for by_row in bad.values() for reason in by_row.values()]
     with ranks.failing_together():
-        check_few(len(bad), total, flags.max_bad, record)
-        train, val = without(train, bad), without(val, bad)
+        check_few(len(reasons), total, flags.max_bad, record)
+        train, val = (without(pictures, list(bad[split])) for split, pictures in splits.items())
         check_left(train, val)
-    notes.append(f"{len(bad):,} of {total:,} files cannot be read and are left out{f', listed in {record}' if bad else ''}")
-    return train, val, notes + [f"left out: {reason}" for reason in list(bad.values())[:SHOWN]]
+    where = f", listed in {record}" if reasons else ""
+    notes.append(f"{len(reasons):,} of {total:,} files cannot be read and are left out{where}")
+    return train, val, notes + [f"left out: {reason}" for reason in reasons[:SHOWN]]
 
 
-def find_unreadable(files: ImageFiles, flags: FolderFlags, ranks: Ranks, split: str) -> torch.Tensor:
+def find_unreadable(files: Pictures, flags: FolderFlags, ranks: Ranks, split: str) -> torch.Tensor:
     """(N,) int32, 1 for each file that this rank has looked at and that cannot be read."""
     bad = torch.zeros(len(files), dtype=torch.int32)
     looked_at = Unreadable(files, background_colour(flags.background))
@@ -77,34 +81,34 @@ def find_unreadable(files: ImageFiles, flags: FolderFlags, ranks: Ranks, split: 
     return bad
 
 
-def read_record(path: Path, listing: str) -> dict[str, str] | None:
-    """Name below the root -> why it cannot be read; None where nothing is known of these files. ValueError for another file."""
+def read_record(path: Path, listing: str) -> Bad | None:
+    """None where nothing is known of these pictures. ValueError for another file."""
     if not path.exists():
         return None
     try:
         record = json.loads(path.read_text())
-        bad = {str(name): str(reason) for name, reason in record["files"].items()}
+        bad = {split: {int(row): str(reason) for row, reason in record[split].items()} for split in ("train", "val")}
         return bad if record["listing"] == listing else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a list of skipped files ({type(error).__name__}): remove it") from error
 
 
 def write_record(
-    path: Path, listing: str, splits: tuple[ImageFiles, ...], rows: list[np.ndarray], background: tuple[int, int, int]
-) -> dict[str, str]:
+    path: Path, listing: str, splits: dict[str, Pictures], rows: dict[str, list[int]], background: tuple[int, int, int]
+) -> Bad:
     """Note these rows of the splits, with the reasons, which are found by looking again."""
-    bad = {}
-    for files, numbers in zip(splits, rows, strict=True):
-        for number in numbers.tolist():
-            try:
-                files.picture(number, background)
-                reason = f"{files.name(number)}: could not be read at first"
-            except ValueError as error:
-                reason = str(error)
-            bad[files.names[number]] = reason
+    bad = {split: {row: reason_against(pictures, row, background) for row in rows[split]} for split, pictures in splits.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps({"listing": listing, "files": bad}, indent=1) + "\n")
+    replace_text(path, json.dumps({"listing": listing, **bad}, indent=1) + "\n")
     return bad
+
+
+def reason_against(pictures: Pictures, row: int, background: tuple[int, int, int]) -> str:
+    try:
+        pictures.picture(row, background)
+    except ValueError as error:
+        return str(error)
+    return f"{pictures.name(row)}: could not be read at first"
 
 
 def check_few(bad: int, total: int, max_bad: float, record: Path) -> None:
@@ -116,13 +120,11 @@ def check_few(bad: int, total: int, max_bad: float, record: Path) -> None:
         )
 
 
-def without(files: ImageFiles, bad: dict[str, str]) -> ImageFiles:
-    if not bad:
-        return files
-    return files.take(np.array([number for number, name in enumerate(files.names) if name not in bad], np.int64))
+def without(pictures: Pictures, bad: list[int]) -> Pictures:
+    return pictures.take(np.delete(np.arange(len(pictures)), bad)) if bad else pictures
 
 
-def check_left(train: ImageFiles, val: ImageFiles) -> None:
+def check_left(train: Pictures, val: Pictures) -> None:
     """ValueError where no file can be read of a class to be trained, or of all that are held out."""
     counts = np.bincount(train.labels, minlength=len(train.class_names))
     if not counts.all():
