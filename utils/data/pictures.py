@@ -15,8 +15,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS as EXTENSIONS
 WHITE = "white"
 BACKGROUND_HELP = "colour of what shows through where pictures are transparent: a name, or #rrggbb"
 # Made by systems and storage devices beside people's own files, and often full of thumbnails.
-SYSTEM_FOLDERS = {"@eadir", "#recycle", "__macosx", "$recycle.bin", "system volume information", "lost+found"}
-SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini"}
+OF_SYSTEMS = {"@eadir", "#recycle", "__macosx", "$recycle.bin", "system volume information", "lost+found"}
+OF_SYSTEMS |= {"thumbs.db", "ehthumbs.db", "desktop.ini"}
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 
@@ -64,7 +64,7 @@ def find_pictures(folder: str | Path, below: str = "", seen: Callable[[], object
 
 def is_of_a_system(name: str) -> bool:
     """Whether a file or folder of this name is hidden or was made by a system, and is no data."""
-    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS | SYSTEM_FILES
+    return name.startswith(".") or name.lower() in OF_SYSTEMS
 
 
 def background_colour(name: str) -> tuple[int, int, int]:
