@@ -9,7 +9,7 @@ tokens, class dropout for guidance, fp16 with loss scaling.
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,8 +30,14 @@ from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer, recompute_blocks_
 from trainer import Trainer
 from utils import cli, plots
+<<<<<<< HEAD
 from utils.checkpoint import load_fitting_tokenizer, load_tokenizer_for, load_transformer
 from utils.data.images import check_root
+=======
+from utils.checkpoint import load_fitting_tokenizer, load_tokenizer_for
+from utils.data.images import Pictures
+from utils.data.layouts import check_root
+>>>>>>> main
 from utils.data.sources import CachedData, Data, FolderData
 from utils.data.token_cache import check_classes, fingerprint, is_of, read_manifest, short
 from utils.losses.contrast import condition_contrast
@@ -39,6 +45,7 @@ from utils.metrics.fidelity import Fidelity
 from utils.runs.checkpoints import latest_checkpoint
 from utils.runs.config import RELEASED_TOKENIZER, TrainConfig
 from utils.runs.flops import peak_flops, training_flops
+from utils.runs.listing import RECORD, images_of
 from utils.runs.optim import build_adamw, set_rates_
 from utils.runs.plan import step_plan
 from utils.runs.resume import check_same_transformer, chosen_seed
@@ -85,11 +92,20 @@ class NextScalePrediction(Task):
         data: Data,
         ranks: Ranks,
         fidelity: Fidelity | None = None,
+<<<<<<< HEAD
         inherited: list[str] | None = None,
+=======
+        told: Sequence[str] = (),
+>>>>>>> main
     ):
+        """told: what a reader of the log should know of the images."""
         self.flags = self.config = config
+<<<<<<< HEAD
         self.data, self.ranks, self.fidelity = data, ranks, fidelity
         self.inherited = inherited or []  # lines about where the weights of a new run are from
+=======
+        self.data, self.ranks, self.fidelity, self.told = data, ranks, fidelity, told
+>>>>>>> main
         self.title, self.details = f"{config.family} depth {config.depth}", f"pyramid {transformer.pyramid}"
         self.tokenizer = tokenizer.to(ranks.device).eval().requires_grad_(False)
         self.tokenizer_hash = fingerprint(self.tokenizer)
@@ -312,7 +328,11 @@ class NextScalePrediction(Task):
         check_classes(read_description(checkpoint).class_names, self.data.class_names, checkpoint, "the data given")
 
     def notes(self) -> list[str]:
+<<<<<<< HEAD
         fidelity, lines = self.fidelity, [*self.inherited, str(self.scan_choice)]
+=======
+        fidelity, lines = self.fidelity, [*self.told, str(self.scan_choice)]
+>>>>>>> main
         if self.config.vae_precision != "float32" and not self.config.token_cache:
             images, _ = next(self.data.val_batches(SHOWN_IMAGES, 0, 1))
             lines.append(told_of_tokens(self.config.vae_precision, self.tokenizer, self.coder, self._to_device(images)))
@@ -415,22 +435,33 @@ def tokenizer_source(config: TrainConfig) -> str:
     return RELEASED_TOKENIZER if Path(RELEASED_TOKENIZER).exists() else HUB_TOKENIZER
 
 
-def build_data(config: TrainConfig, tokenizer: VQVAE) -> FolderData | CachedData:
-    """The images or tokens that the flags name. ValueError where they do not fit the tokenizer."""
+def build_data(config: TrainConfig, tokenizer: VQVAE, images: tuple[Pictures, Pictures] | None) -> FolderData | CachedData:
+    """Images, to train on and held out, or the tokens that the flags name. ValueError where they do not fit the tokenizer."""
     if config.token_cache:
         return CachedData(config.token_cache, tokenizer, Pyramid.parse(config.pn) if config.pn else None)
     height, width = tokenizer.config.image_shape
     if height != width:
         raise ValueError(f"pyramid {tokenizer.pyramid}: training from folders needs square images")
-    return FolderData(config.data_path, height, config.mid_reso, config.hflip, config.seed, config.workers, config.background)
+    how = height, config.mid_reso, config.hflip, config.seed, config.workers, config.background
+    return FolderData(*images, *how)
 
 
-def build_fidelity(config: TrainConfig, tokenizer: VQVAE, source: FolderData | CachedData, ranks: Ranks) -> Fidelity:
+def build_fidelity(
+    config: TrainConfig,
+    tokenizer: VQVAE,
+    source: FolderData | CachedData,
+    images: tuple[Pictures, Pictures],
+    ranks: Ranks,
+) -> Fidelity:
     """For --val_fd."""
     how = tokenizer.config.image_shape[0], source.resize, config.workers, ranks, config.background
+<<<<<<< HEAD
     drawing = read_sampling(config.val_drawing)
     drawing.guided(tokenizer.pyramid.num_scales)
     fidelity = Fidelity(config.data_path, config.val_fd, *how, drawing)
+=======
+    fidelity = Fidelity(*images, config.val_fd, *how)
+>>>>>>> main
     if fidelity.train.class_names != source.class_names:
         raise ValueError(
             f"--data_path={config.data_path}: its classes are not those of the token cache {config.token_cache}: "
@@ -485,24 +516,33 @@ def run_config(config: TrainConfig, size: int) -> RunConfig:
 def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     """Everything that the flags ask for, loaded, checked and initialised."""
     config.rank_batch(ranks.world)
-    if not config.token_cache or config.val_fd:
-        check_root(config.data_path)
+    needs_images = not config.token_cache or config.val_fd
+    if needs_images:
+        check_root(config.data_path, config.val_share)
     seed = chosen_seed(config.seed, Path(config.local_out_dir_path), ranks)
     config = replace(config, seed=seed, vae=tokenizer_source(config))
     if config.token_cache and not config.pn:
         tokenizer = load_tokenizer_for(config.vae, read_manifest(config.token_cache).pyramid)
     else:
         tokenizer = load_fitting_tokenizer(config.vae, config.pn)
-    source = build_data(config, tokenizer)
+    images, told = None, []
+    if needs_images:
+        *images, told = images_of(config, ranks, Path(config.local_out_dir_path) / RECORD)
+    source = build_data(config, tokenizer, images)
     if config.token_cache and ranks.is_main:
         source.verify()
     torch.manual_seed(config.seed)
     transformer = ScaleTransformer(config.transformer_config(tokenizer, len(source.class_names)))
     std = None if config.ini < 0 else config.ini
     transformer.init_weights(config.alng, config.aln, config.hd, std, config.alng if config.alng_all else config.aln)
+<<<<<<< HEAD
     inherited = start_from_(transformer, config, tokenizer, source.class_names, ranks)
     fidelity = build_fidelity(config, tokenizer, source, ranks) if config.val_fd else None
     task = OBJECTIVES[config.objective](config, transformer, tokenizer, source, ranks, fidelity, inherited)
+=======
+    fidelity = build_fidelity(config, tokenizer, source, images, ranks) if config.val_fd else None
+    task = NextScalePrediction(config, transformer, tokenizer, source, ranks, fidelity, told)
+>>>>>>> main
     return Trainer(task, run_config(config, source.size), ranks)
 
 

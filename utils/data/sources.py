@@ -9,7 +9,7 @@ from torch import Tensor
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE
 from utils.data.batches import TrainOrder, train_batches, val_batches
-from utils.data.images import Images, read_folders
+from utils.data.images import Images, Pictures
 from utils.data.token_cache import TokenCache, check_cache
 
 
@@ -30,7 +30,7 @@ class Data(Protocol):
 class FolderData:
     """Images from folders, to be encoded by a tokenizer as they come.
 
-    root: directory with train/ and val/; pixels: their final side; resize: they are resized to this times it, then cropped, of
+    train, val: where they are; pixels: their final side; resize: they are resized to this times it, then cropped, of
     the training half at random; flip: half of these are mirrored; workers: processes that load them; background: what shows
     through transparent ones.
     """
@@ -38,9 +38,10 @@ class FolderData:
     views = 1
     mend = "give more --workers, or let a transformer train on tokens made once (scripts/cache_tokens.py)"
 
-    def __init__(self, root: str | Path, pixels: int, resize: float, flip: bool, seed: int, workers: int, background: str):
-        train, val = read_folders(root)
-        self.class_names, self.size, self.val_size = train.class_names, len(train.paths), len(val.paths)
+    def __init__(
+        self, train: Pictures, val: Pictures, pixels: int, resize: float, flip: bool, seed: int, workers: int, background: str
+    ):
+        self.class_names, self.size, self.val_size = train.class_names, len(train), len(val)
         self.pixels, self.resize, self.workers = pixels, resize, workers
         self.train = Images(train, pixels, resize, augment=True, flip=flip, seed=seed, background=background)
         self.val = Images(val, pixels, resize, background=background)

@@ -2,8 +2,6 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +12,7 @@ from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import plots
 from utils.data.batches import val_batches
-from utils.data.images import ImageFiles, Images, read_folders
+from utils.data.images import Images, Pictures
 from utils.data.pictures import WHITE
 from utils.metrics.distances import frechet_distance
 from utils.metrics.features import load_extractor
@@ -29,25 +27,33 @@ SEED = 0  # the same samples at every validation
 class Fidelity:
     """Compares samples, or decoded training images, with all held-out images; and as many training images likewise.
 
-    root: directory with train/ and val/. count: samples. pixels, resize: how images are prepared, as for training, but cut out
+    train, val: where real ones are. count: samples. pixels, resize: how images are prepared, as for training, but cut out
     of the middle; background: what shows through transparent ones. Every rank makes and looks at its share, and reads its
     images with so many workers. drawing: of samples.
     """
 
     def __init__(
         self,
+<<<<<<< HEAD
         root: str | Path,
+=======
+        train: Pictures,
+        val: Pictures,
+>>>>>>> main
         count: int,
         pixels: int,
         resize: float,
         workers: int,
         ranks: Ranks,
         background: str = WHITE,
+<<<<<<< HEAD
         drawing: SamplingConfig = PUBLISHED,
+=======
+>>>>>>> main
     ):
-        self.train, self.val = read_folders(root)
-        if len(self.val.paths) < 2:
-            raise ValueError(f"{root}/val: holds 1 image, a distance needs more: add some, or give --val_fd=0")
+        self.train, self.val = train, val
+        if len(val) < 2:
+            raise ValueError(f"{val.name(0)}: is the only held-out image, a distance needs more: add some, or give --val_fd=0")
         self.count, self.pixels, self.resize, self.background = count, pixels, resize, background
         self.workers, self.ranks, self.drawing = workers, ranks, drawing
         self.labels = [n * len(self.val.class_names) // count for n in range(count)]
@@ -63,16 +69,15 @@ class Fidelity:
         """The distance of training images from the held-out ones; all ranks ask for it together."""
         return frechet_distance(*self._measure(self._some(), "training images"), *self.reference)
 
-    def _some(self) -> ImageFiles:
+    def _some(self) -> Pictures:
         """As many training images as there are to be samples, spread evenly over the classes."""
-        chosen = np.linspace(0, len(self.train.paths) - 1, min(self.count, len(self.train.paths))).astype(int)
-        return replace(self.train, **{name: [getattr(self.train, name)[i] for i in chosen] for name in ("paths", "labels")})
+        return self.train.take(np.linspace(0, len(self.train) - 1, min(self.count, len(self.train))).astype(int))
 
-    def _measure(self, files: ImageFiles, source: str, change: Callable[[Tensor], Tensor] | None = None) -> Gaussian:
+    def _measure(self, files: Pictures, source: str, change: Callable[[Tensor], Tensor] | None = None) -> Gaussian:
         batches = self._batches(files, change)
         return measure_batches(self.extractor, batches, source, self.ranks, keep_features=False).statistics.pooled
 
-    def _batches(self, files: ImageFiles, change: Callable[[Tensor], Tensor] | None) -> Iterator[np.ndarray]:
+    def _batches(self, files: Pictures, change: Callable[[Tensor], Tensor] | None) -> Iterator[np.ndarray]:
         images = Images(files, self.pixels, self.resize, background=self.background)
         size, ranks = batch_size(self.extractor), self.ranks
         for batch, _ in val_batches(images, size, ranks.rank, ranks.world, self.workers):

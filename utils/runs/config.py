@@ -15,8 +15,13 @@ from models.transformer import TransformerConfig, family_config
 from utils.cli import flag
 from utils.data.batches import worker_count
 from utils.data.images import check_resize
+from utils.data.layouts import VAL_SHARE_HELP, check_share
 from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
+<<<<<<< HEAD
 from utils.sampling_flags import read_sampling
+=======
+from utils.runs.listing import MAX_HELP, SKIP_HELP, check_max_bad
+>>>>>>> main
 
 SCHEDULES = ("lin0", "lin00", "lin", "cos", "exp")
 OBJECTIVES = ("likelihood", "cca")
@@ -43,6 +48,9 @@ class TrainConfig:
     # data
     vae: str = flag("", f"tokenizer: file, directory or owner/name[:file]; empty: {RELEASED_TOKENIZER}, or the cache's")
     data_path: str = flag("imagenet", "directory with train/<class>/* and val/<class>/*")
+    val_share: float = flag(0.0, VAL_SHARE_HELP)
+    skip_bad: bool = flag(False, SKIP_HELP)
+    max_bad: float = flag(0.001, MAX_HELP)
     token_cache: str = flag("", "directory made by scripts/cache_tokens.py, to train from instead of --data_path")
     mid_reso: float = flag(1.125, "images are resized to this times their final size, then cropped", "--resize")
     hflip: bool = flag(False, "mirror half of the training images")
@@ -125,6 +133,8 @@ class TrainConfig:
     def __post_init__(self):
         object.__setattr__(self, "workers", worker_count(self.workers))
         background_colour(self.background)
+        check_share(self.val_share)
+        check_max_bad(self.max_bad)
         for name in ("depth", "bs", "ac", "log_every", "keep", "ep", "max_bad_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
@@ -143,6 +153,8 @@ class TrainConfig:
         check_resize(self.mid_reso)
         if self.token_cache and (self.hflip or self.mid_reso != TrainConfig.mid_reso):
             raise ValueError("--hflip and --mid_reso are settings of the token cache: give them to scripts/cache_tokens.py")
+        if self.token_cache and not self.val_fd and (self.val_share or self.skip_bad):
+            raise ValueError("--val_share and --skip_bad are of images: give them to scripts/cache_tokens.py")
         for name in ("class_dropout", "ls", "pg", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a share from 0 to 1")

@@ -14,7 +14,9 @@ from models.tokenizer import TOKENIZER_PRESETS, TokenizerConfig
 from utils.cli import flag, required
 from utils.data.batches import worker_count
 from utils.data.images import check_resize
+from utils.data.layouts import VAL_SHARE_HELP, check_share
 from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
+from utils.runs.listing import MAX_HELP, SKIP_HELP, check_max_bad
 
 FEATURES = ("", "dino", "efflite0")  # what a discriminator can look at instead of pixels
 SCORES = ("", "val_psnr", "val_ssim", "val_fd", "val_perceptual")
@@ -101,6 +103,9 @@ class TokenizerTraining:
     perturbation: float = flag(0.0, "share of the codes that are swapped for near neighbours before they are decoded")
     matching: float = flag(0.0, "weight, within --vq, of how far the codes' distribution is from that of what looks for one")
     # data
+    val_share: float = flag(0.0, VAL_SHARE_HELP)
+    skip_bad: bool = flag(False, SKIP_HELP)
+    max_bad: float = flag(0.001, MAX_HELP)
     resize: float = flag(1.125, "images are resized to this times their final size, then cropped", "--mid_reso")
     hflip: bool = flag(False, "mirror half of the training images")
     background: str = flag(WHITE, BACKGROUND_HELP)
@@ -117,6 +122,8 @@ class TokenizerTraining:
     def __post_init__(self):
         object.__setattr__(self, "workers", worker_count(self.workers))
         background_colour(self.background)
+        check_share(self.val_share)
+        check_max_bad(self.max_bad)
         for name in ("bs", "max_steps", "log_every", "save_every", "keep", "max_bad_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
