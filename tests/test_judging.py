@@ -4,7 +4,7 @@ from small_models import NUM_CLASSES, seeded, small_tokenizer, small_transformer
 
 from models.generate import SamplingConfig, decode_sampled, sample
 from models.storage import write_tensors
-from utils.judging import BestOf, Judge, chosen
+from utils.sampling.judging import BestOf, Judge, chosen
 
 LABELS = torch.tensor([1, 4, 0])
 CPU = torch.device("cpu")

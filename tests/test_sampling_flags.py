@@ -1,7 +1,7 @@
 import pytest
 
 from models.generate import SamplingConfig
-from utils.sampling_flags import guided_scales, read_sampling, temperatures
+from utils.sampling.flags import guided_scales, read_sampling, temperatures
 
 
 def test_what_people_write_is_read():

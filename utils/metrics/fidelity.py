@@ -34,22 +34,15 @@ class Fidelity:
 
     def __init__(
         self,
-<<<<<<< HEAD
-        root: str | Path,
-=======
         train: Pictures,
         val: Pictures,
->>>>>>> main
         count: int,
         pixels: int,
         resize: float,
         workers: int,
         ranks: Ranks,
         background: str = WHITE,
-<<<<<<< HEAD
         drawing: SamplingConfig = PUBLISHED,
-=======
->>>>>>> main
     ):
         self.train, self.val = train, val
         if len(val) < 2:

@@ -17,11 +17,8 @@ from utils.data.batches import worker_count
 from utils.data.images import check_resize
 from utils.data.layouts import VAL_SHARE_HELP, check_share
 from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
-<<<<<<< HEAD
-from utils.sampling_flags import read_sampling
-=======
 from utils.runs.listing import MAX_HELP, SKIP_HELP, check_max_bad
->>>>>>> main
+from utils.sampling.flags import read_sampling
 
 SCHEDULES = ("lin0", "lin00", "lin", "cos", "exp")
 OBJECTIVES = ("likelihood", "cca")
