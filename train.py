@@ -29,21 +29,14 @@ from utils.runs.checkpoints import latest_checkpoint
 from utils.runs.config import RELEASED_TOKENIZER, TrainConfig
 from utils.runs.listing import RECORD, images_of
 from utils.runs.resume import chosen_seed
-from utils.runs.task import (
-    RunConfig,
-)
+from utils.runs.task import RunConfig
 from utils.sampling.flags import read_sampling
 from utils.tasks.alignment import ConditionAlignment
 from utils.tasks.next_scale import NextScalePrediction
 
 HUB_TOKENIZER = f"FoundationVision/var:{RELEASED_TOKENIZER}"
 VALIDATION_EPOCHS = 10  # the released trainers validate and save this often
-
-
-OBJECTIVES = {"likelihood": NextScalePrediction, "cca": ConditionAlignment}
-
-
-# --- the command --------------------------------------------------------------------------------------------------------
+TASKS = {"likelihood": NextScalePrediction, "cca": ConditionAlignment}  # by --objective
 
 
 def tokenizer_source(config: TrainConfig) -> str:
@@ -153,7 +146,7 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     transformer.init_weights(config.alng, config.aln, config.hd, std, config.alng if config.alng_all else config.aln)
     told = [*told, *start_from_(transformer, config, tokenizer, source.class_names, ranks)]
     fidelity = build_fidelity(config, tokenizer, source, images, ranks) if config.val_fd else None
-    task = OBJECTIVES[config.objective](config, transformer, tokenizer, source, ranks, fidelity, told)
+    task = TASKS[config.objective](config, transformer, tokenizer, source, ranks, fidelity, told)
     return Trainer(task, run_config(config, source.size), ranks)
 
 
