@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from dist import Ranks
-from models.generate import Cohort, generate, num_cohorts
+from models.generate import Cohort, SamplingConfig, check_finite, decode_sampled, num_cohorts, sample
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import plots
@@ -20,6 +20,7 @@ from utils.metrics.image_sets import Gaussian
 from utils.metrics.measure import Measurement, batch_size, measure_batches
 from utils.signals import StopRequest
 
+PUBLISHED = SamplingConfig()
 SEED = 0  # the same samples at every validation
 
 
@@ -28,7 +29,7 @@ class Fidelity:
 
     train, val: where real ones are. count: samples. pixels, resize: how images are prepared, as for training, but cut out
     of the middle; background: what shows through transparent ones. Every rank makes and looks at its share, and reads its
-    images with so many workers.
+    images with so many workers. drawing: of samples.
     """
 
     def __init__(
@@ -41,12 +42,13 @@ class Fidelity:
         workers: int,
         ranks: Ranks,
         background: str = WHITE,
+        drawing: SamplingConfig = PUBLISHED,
     ):
         self.train, self.val = train, val
         if len(val) < 2:
             raise ValueError(f"{val.name(0)}: is the only held-out image, a distance needs more: add some, or give --val_fd=0")
         self.count, self.pixels, self.resize, self.background = count, pixels, resize, background
-        self.workers, self.ranks = workers, ranks
+        self.workers, self.ranks, self.drawing = workers, ranks, drawing
         self.labels = [n * len(self.val.class_names) // count for n in range(count)]
         self.extractor = load_extractor("efflite0", device=ranks.device)
 
@@ -81,7 +83,7 @@ class Fidelity:
         return frechet_distance(*decoded, *self.reference)
 
     def of_samples(self, transformer: ScaleTransformer, tokenizer: VQVAE, stop: StopRequest) -> float | None:
-        """The distance of samples, drawn as for FID, from the held-out images; None where a stop was requested meanwhile."""
+        """The distance of samples from the held-out images; None where a stop was requested meanwhile."""
         ranks = self.ranks
         cohorts = num_cohorts(self.count, ranks.device.type)
         measurement = Measurement(self.extractor, "samples", keep_features=False)
@@ -90,8 +92,10 @@ class Fidelity:
                 return None
             # a rank without a cohort of its own makes the last again: the ranks of a sharded model compute together
             cohort = Cohort.of(self.labels, min(first + ranks.rank, cohorts - 1), SEED, ranks.device)
-            made = generate(transformer, tokenizer, cohort.labels, generator=cohort.generators)
+            sampled = sample(transformer, tokenizer, cohort.labels, self.drawing, cohort.generators)
+            check_finite(sampled)
             if first + ranks.rank < cohorts:
-                for images in made.images[: len(cohort.numbers)].split(batch_size(self.extractor)):
+                made = decode_sampled(tokenizer, sampled)
+                for images in made[: len(cohort.numbers)].split(batch_size(self.extractor)):
                     measurement.add(plots.to_uint8(images))
         return frechet_distance(*measurement.result(ranks).statistics.pooled, *self.reference)
