@@ -12,7 +12,20 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from scripts.benchmarks import attention, length, listing, memory, peer, sampling, scan, table, tokenizer, tokens, training
+from scripts.benchmarks import (
+    attention,
+    length,
+    listing,
+    memory,
+    peer,
+    profile,
+    sampling,
+    scan,
+    table,
+    tokenizer,
+    tokens,
+    training,
+)
 from scripts.benchmarks.config import BenchmarkConfig
 from scripts.benchmarks.formats import COMMON, Columns
 from utils import cli, evidence
@@ -33,6 +46,7 @@ MEASUREMENTS = {
     "memory": Measurement(memory.memory, memory.COLUMNS),
     "sampling": Measurement(sampling.sampling, sampling.COLUMNS),
     "peer": Measurement(peer.peer, peer.COLUMNS),
+    "profile": Measurement(profile.sampling_profile, profile.COLUMNS),
     "tokenizer": Measurement(tokenizer.tokenizer, tokenizer.COLUMNS),
     "training": Measurement(training.training, training.COLUMNS),
     "scan": Measurement(scan.scan, scan.COLUMNS),

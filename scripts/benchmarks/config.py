@@ -21,6 +21,7 @@ DEFAULTS: dict[str, dict] = {
     "memory": {"depth": "12,16,20,24,30,32"},
     "sampling": {"batch": 4},
     "peer": {"depth": "12,16"},
+    "profile": {"family": "mvar,var"},
     "tokenizer": {"batch": 16},
     "training": {"batch": 16},
     "scan": {"depth": "12,16,24", "batch": 8, "pn": "256,512"},
@@ -43,7 +44,7 @@ class BenchmarkConfig:
     tfast: str = flag("0,3", "training: modes of compilation, as in train.py, comma-separated")
     precision: str = flag(
         "",
-        "sampling, tokenizer, training; empty: bfloat16 on GPUs, else float32",
+        "profile, sampling, tokenizer, training; empty: bfloat16 on GPUs, else float32",
         choices=("", "float32", "float16", "bfloat16"),
     )
     scan_backend: str = flag("auto", "training: as in train.py", choices=SCAN_BACKENDS)
