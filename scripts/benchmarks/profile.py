@@ -51,8 +51,8 @@ COLUMNS: Columns = {
 def sampling_profile(config: BenchmarkConfig) -> list[dict]:
     """Where the time goes
 
-    Images of 256 px with guidance 1.5, top-k 900 and top-p 0.96, one thread on a CPU: the operations of PyTorch's profiler, each
-    without those that it calls. Seconds are those of the whole part without the profiler. Beside them what one product
+    Images of 256 px with guidance 1.5, top-k 900 and top-p 0.96, one thread on a CPU: the operations of PyTorch's profiler,
+    each without those that it calls. Seconds are those of the whole part without the profiler. Beside them what one product
     (512 x 768 by 768 x 3072) and one convolution (320 channels, 64 x 64, 3 x 3) reach alone, in multiply-adds counted twice:
     where products and convolutions take most of the time, a part cannot become much faster than these.
     """
