@@ -53,11 +53,11 @@ def download(name: HubName, **options) -> Path:
             path = Path(hf_hub_download(name.repository, file, revision=commit, **options))
     except HUB_ERRORS as error:
         cache = options.get("cache_dir") or constants.HF_HUB_CACHE
-        raise FileNotFoundError(f"{name}: no such path here, and {_reason(error, name, file, cache)}") from error
+        raise FileNotFoundError(f"{name}: no such path here, and {reason(error, name, file, cache)}") from error
     return path
 
 
-def _reason(error: Exception, name: HubName, file: str = "", cache: str | Path = "") -> str:
+def reason(error: Exception, name: HubName, file: str = "", cache: str | Path = "") -> str:
     """What went wrong between us and the hub, and the mend, in one line."""
     offline = isinstance(error.__cause__, errors.OfflineModeIsEnabled)
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ and not offline:
@@ -78,7 +78,7 @@ def _reason(error: Exception, name: HubName, file: str = "", cache: str | Path =
         errors.HFValidationError: f"the hub has no such names ({message}): check the spelling",
         BaseException: f"it could not be had from the hub ({message})",
     }
-    return next(reason for kind, reason in reasons.items() if isinstance(error, kind))
+    return next(text for kind, text in reasons.items() if isinstance(error, kind))
 
 
 class HubModel(PyTorchModelHubMixin, library_name="m-var", tags=TAGS, model_card_template=TEMPLATE):
@@ -135,7 +135,7 @@ class HubModel(PyTorchModelHubMixin, library_name="m-var", tags=TAGS, model_card
         try:
             return super().push_to_hub(repo_id, model_card_kwargs={"name": repo_id, **(model_card_kwargs or {})}, **options)
         except HUB_ERRORS as error:
-            raise OSError(f"{repo_id}: not published: {_reason(error, HubName(repo_id))}") from error
+            raise OSError(f"{repo_id}: not published: {reason(error, HubName(repo_id))}") from error
 
     def generate_model_card(
         self, *, name: str | None = None, scores: dict | None = None, license: str | None = None, dataset: str | None = None

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +29,21 @@ class Facts(NamedTuple):
 
 def parameter_count(model: nn.Module) -> str:
     """For people: 310.3 M, or 12,345 below a million."""
-    count = sum(parameter.numel() for parameter in model.parameters())
+    return _in_millions(sum(parameter.numel() for parameter in model.parameters()))
+
+
+def _in_millions(count: int) -> str:
     return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
+
+
+def weight_types(model: nn.Module) -> str:
+    """For people: float32, or bfloat16 (12.6 M of them float32)."""
+    counts: Counter[str] = Counter()
+    for parameter in model.parameters():
+        counts[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    exact = counts.pop("float32", 0)
+    halves = ", ".join(counts)
+    return f"{halves} ({_in_millions(exact)} of them float32)" if halves and exact else halves or "float32"
 
 
 def card_text(facts: Facts, training: dict, scores: dict, columns: Columns) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.storage import FILE_TYPES
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 
@@ -114,6 +115,26 @@ def shortest(call: Callable[[], object]) -> float:
         call()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+# --- files --------------------------------------------------------------------------------------------------------------
+
+
+def cast_for_file_(model: VQVAE | ScaleTransformer, precision: str) -> None:
+    """Cast the weights that a file in this precision, one of FILE_TYPES, holds in it. ValueError where float16 is too narrow.
+
+    They are those that sampling casts: of a transformer what is in its blocks but for `float32_parts`, of a tokenizer what
+    turns features into pixels. All else stays in float32, for two reasons. Sampled in its own precision, a file gives the
+    images of the float32 one to the bit. And what makes tokens (TOKEN_PARTS) is not touched: a rounded encoder or codebook
+    makes other tokens, so that no transformer would fit any more, and the hash that pairs the two says so.
+    """
+    if isinstance(model, VQVAE):
+        model.cast_decoder_(FILE_TYPES[precision])
+    else:
+        model.cast_(FILE_TYPES[precision])
+    for name, parameter in model.named_parameters():
+        if precision == "float16" and not parameter.isfinite().all():
+            raise ValueError(f"{name} holds values beyond the range of float16: give bfloat16")
 
 
 # --- tokenizers ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 The hub stores the same two files. Checkpoints of a run hold further files beside them (utils/runs/saving.py), of which
 this module knows the averaged weights only. Pickled objects are refused: .pth files, which are released ones, load with
 weights_only=True, everything else is safetensors or JSON.
+
+Weights are written as the model has them, in half precision where it was cast (models/precision.py), and read into float32.
 """
 
 import dataclasses
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 
 CONFIG, WEIGHTS, AVERAGED = "config.json", "model.safetensors", "ema.safetensors"
 INDEX = ".index.json"  # how the name of the list of a sharded checkpoint's files ends
+FILE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of weights in files
+HALF_TYPES = {name: kind for name, kind in FILE_TYPES.items() if kind.itemsize == 2}
 ZIP, PICKLE, GZIP = b"PK\x03\x04", b"\x80", b"\x1f\x8b"  # how files begin
 # What torch.load and safetensors raise on files that are damaged or something else altogether.
 UNREADABLE = (
@@ -50,7 +54,8 @@ class Description:
 
     kind: "tokenizer" or "transformer". class_names: of the labels, empty where unknown. tokenizer: where the transformer's
     tokenizer was loaded from. training: the resolved configuration of the run that made it. tokenizer_hash: of what makes the
-    tokens that the transformer was trained on (utils/data/token_cache.py), None where unknown.
+    tokens that the transformer was trained on (utils/data/token_cache.py), None where unknown. precision: of the weights in the
+    file, one of FILE_TYPES; beside those in half precision are some in float32.
     """
 
     kind: str
@@ -58,6 +63,7 @@ class Description:
     tokenizer: str | None = None
     training: dict = field(default_factory=dict)
     tokenizer_hash: str | None = None
+    precision: str = "float32"
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------
@@ -180,15 +186,16 @@ def read_model(model_class: type[Model], path: Path, weights: dict[str, Tensor] 
     files belong to another model, or not together.
     """
     config = dataclasses.replace(read_config(path.parent, model_class), **changes)
-    model = fill_(model_class(config), read_tensors(path) if weights is None else weights, path)
-    model.description = read_description(path.parent)
+    weights = read_tensors(path) if weights is None else weights
+    model = fill_(model_class(config), weights, path)
+    model.description = dataclasses.replace(read_description(path.parent), precision=precision_of(weights))
     return model
 
 
 def fill_(model: Model, weights: dict[str, Tensor], source: Path, seems: str = "") -> Model:
-    """Put in all weights and set eval mode. ValueError for missing or unexpected names and wrong shapes.
+    """Put in all weights and set eval mode. ValueError for missing or unexpected names, wrong shapes and integers for weights.
 
-    seems: what the file looks like, for the message.
+    Weights may be in half precision; parameters stay in that of the model. seems: what the file looks like, for the message.
     """
     expected = model.state_dict()
     missing = [name for name in expected if name not in weights]
@@ -200,17 +207,32 @@ def fill_(model: Model, weights: dict[str, Tensor], source: Path, seems: str = "
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(expected[name].shape)}")
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(
+                f"{source}: {name} is of {tensor.dtype}, the model wants {expected[name].dtype}: give plain weights"
+            )
     model.load_state_dict(weights)
     return model.eval()
 
 
 def weights_hash(model: nn.Module, *further: str) -> str:
-    """SHA-256 over the names and values of all weights, and over further words."""
+    """SHA-256 over the names and values of all weights, and over further words.
+
+    Weights in half precision count as float32, so that a model has the hash of what its file loads as.
+    """
     digest = hashlib.sha256("".join(further).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
+        tensor = tensor.float() if tensor.dtype in HALF_TYPES.values() else tensor
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def precision_of(tensors: dict[str, Tensor]) -> str:
+    """The half precision that some of these weights are in, one of FILE_TYPES; float32 where none is, or some in either."""
+    found = {tensor.dtype for tensor in tensors.values()}
+    halves = [name for name, kind in HALF_TYPES.items() if kind in found]
+    return halves[0] if len(halves) == 1 else "float32"
 
 
 def first_line(error: Exception) -> str:
@@ -226,9 +248,10 @@ def first_few(names: list[str]) -> str:
 
 
 def save_model(directory: Path, model: nn.Module, description: Description) -> None:
-    """Write model.safetensors and config.json into an existing directory."""
-    write_tensors(directory / WEIGHTS, model.state_dict())
-    write_config(directory, model.config, description)
+    """Write model.safetensors, with weights of the types that the model has, and config.json into an existing directory."""
+    weights = model.state_dict()
+    write_tensors(directory / WEIGHTS, weights)
+    write_config(directory, model.config, dataclasses.replace(description, precision=precision_of(weights)))
 
 
 def write_config(directory: Path, config: Any, description: Description) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.autoencoder import Decoder, Encoder, PixelAttention, ResidualBlock
 from models.hub import HubModel
-from models.model_card import Facts, parameter_count
+from models.model_card import Facts, parameter_count, weight_types
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.quantizer import PLAIN, MultiScaleQuantizer, QuantizerTraining
 from models.storage import Description
@@ -216,6 +216,7 @@ class VQVAE(nn.Module, HubModel):
             "codes": f"{config.num_codes} of {config.code_dim} numbers",
             "channels": f"{config.channels} times {', '.join(map(str, config.multipliers))}",
             "parameters": parameter_count(self),
+            "precision of the file": weight_types(self),
         }
         title = f"Multi-scale VQVAE tokenizer, {height}x{width} px"
         summary = "Images to and from a pyramid of tokens, from coarse to fine ([VAR](https://arxiv.org/abs/2404.02905))."

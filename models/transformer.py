@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from models.families import FAMILIES, MixerConfig, State, check_family
 from models.hub import HubModel
 from models.layers import FeedForward, Modulation, ModulationOffset, drop_paths, modulate, modulation_projection
-from models.model_card import Facts, parameter_count
+from models.model_card import Facts, parameter_count, weight_types
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.storage import Description
 
@@ -360,6 +360,7 @@ class ScaleTransformer(nn.Module, HubModel):
             "family": "; ".join(f"{config.blocks.count(kind)} blocks {kind}, {FAMILIES[kind].paper}" for kind in kinds),
             "depth, width, heads": f"{config.depth}, {config.width}, {config.heads}",
             "parameters": parameter_count(self),
+            "precision of the file": weight_types(self),
             "pyramid": f"{pyramid}, {pyramid.num_tokens} tokens",
             "resolution": f"{height}x{width} tokens{usual}",
             "codes": f"{config.num_codes} of {config.code_dim} numbers",

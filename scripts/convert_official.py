@@ -11,12 +11,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.families import FAMILIES
+from models.precision import cast_for_file_
 from models.pyramid import Pyramid
 from models.storage import Description
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import cli, official
-from utils.checkpoint import is_ours, locate, read_tensors, released_tokenizer, released_transformer, save_model, unwrapped
+from utils.checkpoint import (
+    DTYPE_HELP,
+    DTYPES,
+    is_ours,
+    locate,
+    read_tensors,
+    released_tokenizer,
+    released_transformer,
+    save_model,
+    unwrapped,
+)
 from utils.cli import argument, flag, required
 from utils.files import written_aside
 
@@ -30,6 +41,7 @@ class ConvertConfig:
     family: str = flag("", "of a transformer: markov for MVAR weights, which look like VAR's", choices=("", *FAMILIES))
     sides: str = flag("", "of a tokenizer: pyramid such as 1,2,3,4; empty: the standard one with as many scales")
     tokenizer: str = flag("", "of a transformer: its tokenizer, for config.json, so that sample.py needs no --vae")
+    dtype: str = flag("", DTYPE_HELP, choices=DTYPES)
 
 
 def convert(config: ConvertConfig, path: Path) -> VQVAE | ScaleTransformer:
@@ -55,13 +67,14 @@ def main() -> None:
     if is_ours(path):
         raise ValueError(f"{config.source}: is a checkpoint of this project already: use it as it is")
     model = convert(config, path)
-    kind = model.description.kind
+    kind, dtype = model.description.kind, config.dtype or model.description.precision
+    cast_for_file_(model, dtype)
     with written_aside(out) as directory:
         save_model(directory, model, Description(kind, tokenizer=config.tokenizer or None))
     print(f"{config.source}: {kind}, {model.facts().title}")
     if kind == "transformer" and not config.family and "var" in model.config.blocks:
         print("MVAR's weights look the same: if these are, convert them with --family=markov")
-    print(f"wrote it to {out}")
+    print(f"wrote it to {out}, weights in {dtype}")
 
 
 if __name__ == "__main__":

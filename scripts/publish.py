@@ -10,15 +10,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, errors, get_token, hf_hub_download
 
-from models.hub import HUB_ERRORS, HubName
-from models.model_card import is_edited
-from models.storage import weights_hash
+from models.hub import HUB_ERRORS, LOG_IN, HubName, reason
+from models.model_card import is_edited, read_scores
+from models.precision import cast_for_file_
+from models.storage import Description, weights_hash
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import cli
-from utils.checkpoint import load_description, load_tokenizer, load_tokenizer_for, load_transformer
+from utils.checkpoint import DTYPE_HELP, DTYPES, load_description, load_tokenizer, load_tokenizer_for, load_transformer
 from utils.cli import argument, flag
 from utils.data.token_cache import check_trained_on
 
@@ -36,6 +37,7 @@ class PublishConfig:
     scores: str = flag("", "file that scripts/evaluate.py --json wrote, for the model card")
     dataset: str = flag("", "name of the images that --scores compares with, for the model card")
     license: str = flag("", "its identifier on the hub, such as mit; empty: none is claimed")
+    dtype: str = flag("", DTYPE_HELP, choices=DTYPES)
     private: bool = flag(False, "let nobody else see it: the repository is made so, or has to be so already")
     keep_card: bool = flag(False, "leave the card that is there, which people have edited")
     replace_card: bool = flag(False, "write another one in its place")
@@ -50,11 +52,19 @@ class PublishConfig:
             raise ValueError("--keep_card with --replace_card: give one of them")
 
 
-def read_json(path: str) -> dict:
+def read_scores_of(path: str) -> dict:
+    """ValueError for what are no scores."""
     try:
-        return json.loads(Path(path).read_text())
+        scores = json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}): give what scripts/evaluate.py --json wrote") from error
+    if not isinstance(scores, dict) or not scores:
+        raise ValueError(f"{path}: holds no scores: give what scripts/evaluate.py --json wrote")
+    try:
+        read_scores(scores)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return scores
 
 
 def public_tokenizer(config: PublishConfig, named: str | None) -> str:
@@ -66,10 +76,18 @@ def public_tokenizer(config: PublishConfig, named: str | None) -> str:
     return tokenizer
 
 
-def check_scores(scores: dict, model: VQVAE | ScaleTransformer, source: str) -> None:
-    """ValueError for scores of other weights; what does not say whose it is, is told."""
+def check_scores(scores: dict, model: VQVAE | ScaleTransformer, source: str, unrounded: str) -> None:
+    """ValueError for scores of other weights than those of the model; what does not say whose it is, is told.
+
+    unrounded: hash of the weights before they were cast.
+    """
     kind = model.description.kind
     known = (scores.get("dump") or {}).get(f"{kind}_sha256") or (scores.get("tokenizer") or {}).get("weights_sha256")
+    if known and known == unrounded != weights_hash(model):
+        raise ValueError(
+            f"{source}: the scores are of its weights before --dtype rounds them: score what scripts/export_checkpoint.py "
+            "makes of it with the same --dtype, and publish that, or leave --dtype out"
+        )
     if known and known != weights_hash(model):
         raise ValueError(
             f"{source}: the scores are of weights with hash {known[:12]}, these have {weights_hash(model)[:12]}: "
@@ -89,11 +107,19 @@ def public(training: dict) -> dict:
 
 
 def check_repository(config: PublishConfig) -> None:
-    """ValueError where others see what is to be private, or a card that people have edited would be lost."""
+    """Look before anything is loaded: OSError where the hub would not take it.
+
+    ValueError where others see what is to be private, or a card that people have edited would be lost.
+    """
+    if get_token() is None:
+        raise OSError(f"{config.repository}: not published: there is no token here: {LOG_IN}")
+    name = HubName(config.repository)
     try:
         found = HfApi().model_info(config.repository)
-    except HUB_ERRORS:
-        return  # there is none, or the upload says what is wrong, with the mend
+    except errors.RepositoryNotFoundError:
+        return  # it will be made
+    except HUB_ERRORS as error:
+        raise OSError(f"{config.repository}: not published: {reason(error, name)}") from error
     if config.private and not found.private:
         raise ValueError(f"{config.repository}: is public: make it private on the hub first, or leave --private out")
     try:
@@ -104,27 +130,36 @@ def check_repository(config: PublishConfig) -> None:
         raise ValueError(f"{config.repository}: people have written in its card: give --keep_card, or --replace_card")
 
 
+def load(config: PublishConfig, description: Description) -> VQVAE | ScaleTransformer:
+    """The model, described for others. ValueError for a transformer whose tokenizer they cannot have, or have another of."""
+    if description.kind == "tokenizer":
+        model, tokenizer = load_tokenizer(config.source), None
+    else:
+        tokenizer = public_tokenizer(config, description.tokenizer)
+        model = load_transformer(config.source)
+    if tokenizer and description.tokenizer_hash and not config.any_tokenizer:
+        published = load_tokenizer_for(tokenizer, model.pyramid)
+        check_trained_on(description.tokenizer_hash, published, config.source, tokenizer)
+    model.description = replace(model.description, tokenizer=tokenizer, training=public(description.training))
+    return model
+
+
 def main() -> None:
     config = cli.parse(PublishConfig, __doc__)
     description = load_description(config.source)
     if description is None:
         raise ValueError(f"{config.source}: a released file: turn it into ours with scripts/convert_official.py")
-    if description.kind == "transformer":
-        tokenizer = public_tokenizer(config, description.tokenizer)
-        model = load_transformer(config.source)
-        if description.tokenizer_hash and not config.any_tokenizer:
-            published = load_tokenizer_for(tokenizer, model.pyramid)
-            check_trained_on(description.tokenizer_hash, published, config.source, tokenizer)
-        model.description = replace(description, tokenizer=tokenizer)
-    elif config.tokenizer:
+    if description.kind == "tokenizer" and config.tokenizer:
         raise ValueError(f"{config.source}: is a tokenizer itself: leave --tokenizer out")
-    else:
-        model = load_tokenizer(config.source)
-    model.description = replace(model.description, training=public(model.description.training))
-    scores = read_json(config.scores) if config.scores else None
-    if scores is not None:
-        check_scores(scores, model, config.source)
+    if description.kind == "transformer":
+        public_tokenizer(config, description.tokenizer)
+    scores = read_scores_of(config.scores) if config.scores else None
     check_repository(config)
+    model = load(config, description)
+    unrounded = weights_hash(model) if scores else ""
+    cast_for_file_(model, config.dtype or model.description.precision)
+    if scores:
+        check_scores(scores, model, config.source, unrounded)
     card = {
         "scores": scores,
         "dataset": config.dataset or None,

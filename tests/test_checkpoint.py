@@ -77,6 +77,33 @@ def test_released_file_as_safetensors(files, tmp_path):
     assert_same_model(load_transformer(tmp_path / "mvar.safetensors"), transformer("mvar_tiny"))
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_released_files_in_half_precision(tmp_path, kind, suffix):
+    """As `model.half()` leaves them, every tensor: the parameters are float32 and have just these values."""
+    save = torch.save if suffix == ".pth" else save_file
+    for name, weights in (("var", transformer_weights("mvar_tiny")), ("vae", tokenizer_weights("1234_qsr4"))):
+        save({key: tensor.to(kind) for key, tensor in weights.items()}, tmp_path / f"{name}{suffix}")
+    pairs = (
+        (load_transformer(tmp_path / f"var{suffix}"), transformer("mvar_tiny")),
+        (load_tokenizer(tmp_path / f"vae{suffix}"), tokenizer("1234_qsr4")),
+    )
+    for loaded, exact in pairs:
+        assert loaded.config == exact.config
+        for name, tensor in loaded.state_dict().items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, exact.state_dict()[name].to(kind).float()), name
+
+
+def test_integers_are_no_weights(tmp_path):
+    """Quantised ones mean nothing without their scales."""
+    weights = transformer_weights("var_tiny")
+    weights["head.weight"] = weights["head.weight"].mul(100).to(torch.int8)
+    torch.save(weights, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x\.pth: head\.weight is of torch\.int8, the model wants torch\.float32"):
+        load_transformer(tmp_path / "x.pth")
+
+
 def test_family_of_a_released_file(files):
     assert load_transformer(files / "var.pth", family="markov").config.blocks == ("markov", "markov")
     with pytest.raises(ValueError, match=r"mvar\.pth: family 'var' does not fit"):

@@ -31,7 +31,7 @@ def test_transformer(released, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         f"{released / 'var.pth'}: transformer, Markov MVAR d2, 4x4 tokens",
-        f"wrote it to {tmp_path / 'markov'}",
+        f"wrote it to {tmp_path / 'markov'}, weights in float32",
     ]
     assert_same_model(load_transformer(tmp_path / "markov"), load_transformer(released / "var.pth", family="markov"))
     assert load_description(tmp_path / "markov").tokenizer == "owner/name:vae.pth"
@@ -43,6 +43,21 @@ def test_tokenizer(released, tmp_path, convert, words, sides):
     assert code == 0, errors
     assert "tokenizer, Multi-scale VQVAE" in output
     assert_same_model(load_tokenizer(tmp_path / "vae"), load_tokenizer(released / "vae.pth", sides))
+
+
+@pytest.mark.parametrize(
+    ("words", "precision"), [([], "float16"), (["--dtype=bfloat16"], "bfloat16"), (["--dtype=float32"], "float32")]
+)
+def test_precision(released, tmp_path, convert, words, precision):
+    """That of the source where none is asked for."""
+    weights = tokenizer_weights("1234_qsr4")
+    torch.save({name: tensor.half() for name, tensor in weights.items()}, tmp_path / "half.pth")
+    code, output, errors = convert(tmp_path / "half.pth", "--out", tmp_path / "vae", *words)
+    assert code == 0, errors
+    assert output.endswith(f"weights in {precision}\n")
+    assert load_description(tmp_path / "vae").precision == precision
+    if precision != "bfloat16":
+        assert_same_model(load_tokenizer(tmp_path / "vae"), load_tokenizer(tmp_path / "half.pth"))
 
 
 def test_training_checkpoint_holds_both(released, tmp_path, convert):

@@ -19,6 +19,7 @@ from small_models import assert_same_model, small_tokenizer, small_transformer
 import sample
 from models import VQVAE, ScaleTransformer
 from models.hub import HubName
+from models.precision import cast_for_file_
 from models.storage import Description, weights_hash
 from utils.checkpoint import load_description, load_tokenizer, load_transformer, save_model
 
@@ -394,6 +395,27 @@ def test_scores_of_other_weights_are_not_published(hub, logged_in, publish, chec
     assert not hub.repositories
     path.write_text(json.dumps(EVALUATED | {"dump": {"transformer_sha256": weights_hash(model)}}))
     assert publish(checkpoint, "me/mvar", *words)[0] == 0
+
+
+def test_scores_are_those_of_what_is_published(hub, logged_in, publish, checkpoint, tmp_path, model):
+    """Rounded weights have other scores than those they were rounded from."""
+    half = copy.deepcopy(model)
+    cast_for_file_(half, "bfloat16")
+    path = tmp_path / "scores.json"
+    words = [checkpoint, "me/mvar", "--tokenizer=me/tokenizer", "--scores", path]
+    path.write_text(json.dumps(EVALUATED | {"dump": {"transformer_sha256": weights_hash(model)}}))
+    code, _, errors = publish(*words, "--dtype=bfloat16")
+    assert code == 1
+    assert "the scores are of its weights before --dtype rounds them: score what scripts/export_checkpoint.py makes" in errors
+    assert not hub.repositories
+    path.write_text(json.dumps(EVALUATED | {"dump": {"transformer_sha256": weights_hash(half)}}))
+    assert publish(*words)[0] == 1  # those of the rounded ones are not those of float32 either
+    code, _, errors = publish(*words, "--dtype=bfloat16")
+    assert code == 0, errors
+    published = load_transformer("me/mvar")
+    assert load_description("me/mvar").precision == "bfloat16"
+    assert weights_hash(published) == weights_hash(half)
+    assert "| precision of the file | bfloat16 (" in hub.files("me/mvar")["README.md"].decode()
 
 
 def test_scores_of_reconstructions_are_published_with_a_tokenizer(hub, logged_in, publish, tmp_path):

@@ -7,15 +7,18 @@ utils/official.py.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from models.hub import HubName, download
 from models.pyramid import Pyramid
 from models.storage import (
     CONFIG,
+    FILE_TYPES,
     WEIGHTS,
     Description,
     fill_,
+    precision_of,
     read_config,
     read_description,
     read_model,
@@ -32,6 +35,8 @@ from utils.runs.checkpoints import latest_checkpoint
 from utils.runs.shards import SHARDS, is_sharded, read_shards
 
 __all__ = [
+    "DTYPES",
+    "DTYPE_HELP",
     "Description",
     "find_tokenizer",
     "is_ours",
@@ -50,6 +55,9 @@ __all__ = [
     "write_tensors",
 ]
 
+DTYPES = ("", *FILE_TYPES)
+DTYPE_HELP = "of the weights in the file, but for those that must be exact, which are in float32; empty: that of the source"
+
 
 def load_tokenizer(source: str | Path, sides: tuple | None = None, ema: bool = True) -> VQVAE:
     """A tokenizer in eval mode, on the CPU.
@@ -57,7 +65,7 @@ def load_tokenizer(source: str | Path, sides: tuple | None = None, ema: bool = T
     source: a released .pth, a run or checkpoint directory of ours, or "owner/name[@revision][:file]" on the hub. sides: of the
     pyramid, such as (1, 2, 3, 4); None takes what our config says, or for a released file the standard pyramid with as many
     scales. ema: of our checkpoints, load the averaged weights where there are any. ValueError or FileNotFoundError for anything
-    else, with the first keys and what the file seems to be.
+    else, with the first keys and what the file seems to be. Files may be in half precision, the parameters are in float32.
     """
     path = locate(source, wanted="tokenizer")
     if is_ours(path):
@@ -70,7 +78,9 @@ def load_tokenizer(source: str | Path, sides: tuple | None = None, ema: bool = T
 def released_tokenizer(tensors: dict, sides: tuple | None, path: Path) -> VQVAE:
     """A tokenizer in eval mode from the contents of a released file; sides: as in `load_tokenizer`."""
     config, weights = official.tokenizer_from_official(tensors, sides, str(path))
-    return fill_(VQVAE(config), weights, path, official.describe(list(tensors)))
+    tokenizer = fill_(VQVAE(config), weights, path, official.describe(list(tensors)))
+    tokenizer.description = replace(tokenizer.description, precision=precision_of(weights))
+    return tokenizer
 
 
 def load_tokenizer_for(source: str | Path, pyramid: Pyramid) -> VQVAE:
@@ -128,7 +138,9 @@ def load_transformer(source: str | Path, family: str | None = None, ema: bool = 
 def released_transformer(tensors: dict, family: str | None, path: Path) -> ScaleTransformer:
     """A transformer in eval mode from the contents of a released file; family: as in `load_transformer`."""
     config, weights = official.transformer_from_official(tensors, family, str(path))
-    return fill_(ScaleTransformer(config), weights, path, official.describe(list(tensors)))
+    transformer = fill_(ScaleTransformer(config), weights, path, official.describe(list(tensors)))
+    transformer.description = replace(transformer.description, precision=precision_of(weights))
+    return transformer
 
 
 def unwrapped(contents: dict, path: Path) -> dict:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.pyramid import Pyramid
-from models.storage import from_dict, weights_hash
+from models.storage import HALF_TYPES, from_dict, weights_hash
 from models.tokenizer import TOKEN_PARTS, VQVAE
 from utils.data.batches import TrainOrder, in_order
 from utils.data.pictures import WHITE
@@ -115,8 +115,17 @@ def fingerprint(tokenizer: VQVAE) -> str:
     These are the weights of the encoder and the quantizer, and how codes are looked up. The decoder is not among them, so that
     tokens stay valid when it is refined.
     """
-    parts = nn.ModuleDict({name: getattr(tokenizer, name) for name in TOKEN_PARTS})
-    return TOKENS + weights_hash(parts, _lookup(tokenizer))
+    return TOKENS + weights_hash(_token_parts(tokenizer), _lookup(tokenizer))
+
+
+def rounded_to(tokenizer: VQVAE) -> str:
+    """The half precision to which all that decides over tokens has been rounded; empty where it has not."""
+    weights = list(_token_parts(tokenizer).parameters())
+    return next((name for name, kind in HALF_TYPES.items() if all(torch.equal(w, w.to(kind).float()) for w in weights)), "")
+
+
+def _token_parts(tokenizer: VQVAE) -> nn.ModuleDict:
+    return nn.ModuleDict({name: getattr(tokenizer, name) for name in TOKEN_PARTS})
 
 
 def is_of(text: str, tokenizer: VQVAE) -> bool:
@@ -127,11 +136,15 @@ def is_of(text: str, tokenizer: VQVAE) -> bool:
 
 
 def check_trained_on(known: str | None, tokenizer: VQVAE, checkpoint: str | Path, source: str | Path) -> None:
-    """ValueError where a checkpoint is known to be trained on tokens of another tokenizer than the one from `source`."""
+    """ValueError where a checkpoint is known to be trained on tokens of another tokenizer than the one from `source`.
+
+    The same tokenizer rounded to half precision is another one: its codes and its tokens are others.
+    """
     if known and not is_of(known, tokenizer):
+        rounded = rounded_to(tokenizer)
         raise ValueError(
             f"{checkpoint}: was trained on tokens of a tokenizer with hash {short(known)}, {source} has "
-            f"{short(fingerprint(tokenizer))}: give that one, or --any_tokenizer"
+            f"{short(fingerprint(tokenizer))}{rounded and f' and is rounded to {rounded}'}: give that one, or --any_tokenizer"
         )
 
 
