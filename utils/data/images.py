@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2 as transforms
 
 from utils.data.pictures import EXTENSIONS, WHITE, background_colour, list_classes, read_picture
 
@@ -94,6 +93,8 @@ class Images(Dataset):
         seed: int = 0,
         background: str = WHITE,
     ):
+        from torchvision.transforms import v2 as transforms  # here, as it takes seconds
+
         self.files, self.background = files, background_colour(background)
         self.seed = seed
         self.random = augment or flip
