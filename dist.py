@@ -18,7 +18,6 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 MEETING_SECONDS = 1800  # how long rank 0 waits for the others at the start
@@ -235,6 +234,8 @@ def shard_(model: InParts, ranks: Ranks, compute_dtype: torch.dtype | None) -> N
     """
     if ranks.world == 1:
         raise ValueError("--parallel=fsdp shares a model out over ranks, there is one: start it with torchrun, or use ddp")
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here, as it takes a second
+
     # Blocks return their states too, views among them; nothing here writes to what a block returns.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
@@ -260,6 +261,8 @@ def gradient_exchange(model: nn.Module, now: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def whole_outside_forward(model: nn.Module) -> Iterator[None]:
     """Lets methods other than forward be called, after a first forward: parameters of no block are gathered meanwhile."""
+    from torch.distributed.fsdp import FSDPModule
+
     if isinstance(model, FSDPModule):
         model.unshard()
     try:

@@ -21,7 +21,6 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
 
 from utils import cli, plots
 from utils.checkpoint import load_tokenizer
@@ -138,6 +137,8 @@ def diversity(pixels: np.ndarray, labels: np.ndarray) -> float:
 
 def judge_samples(images: Path, samples: Path) -> dict[str, float]:
     """What a classifier fitted on real images says of the samples, and how different they are, beside real held-out images."""
+    from sklearn.linear_model import LogisticRegression  # here, as it takes seconds
+
     real = load_pixels(images)
     with np.load(samples, allow_pickle=False) as archive:
         made, asked = archive["arr_0"], archive["labels"]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.data.images import Images, read_folders
-from utils.data.pictures import background_colour, find_pictures, opaque, read_picture
+from utils.data.pictures import EXTENSIONS, background_colour, find_pictures, opaque, read_picture
 from utils.metrics.image_sets import open_images
 
 RED, GREEN = (200, 20, 10), (10, 220, 30)
@@ -56,6 +57,10 @@ def test_training_and_scores_see_the_same_files(folder, tmp_path_factory):
     names = ["0.png", "1.JPEG", "2.bmp", "3.webp", "4.tiff", "5.ppm", "deep/6.png", "linked/7.png"]
     assert find_pictures(cat).pictures == names
     assert train.class_names == ["cat"]
+
+
+def test_pictures_are_what_torchvision_takes_for_some():
+    assert EXTENSIONS == IMG_EXTENSIONS
 
 
 def test_other_files_are_an_error_or_counted(folder):

@@ -1,5 +1,6 @@
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from utils import plots
@@ -31,8 +32,13 @@ def test_curves_are_drawn(tmp_path):
 
 
 def test_a_name_has_one_colour_in_all_panels_which_stand_in_rows(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(plots.plt, "close", figures.append)
+    figures, save = [], Figure.savefig
+
+    def kept(figure, *words, **options):
+        figures.append(figure)
+        save(figure, *words, **options)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
     points = [(1, 2.0), (2, 1.0)]
     both = {"title": "t", "x": "step", "y": "", "lines": {"a": points, "b": points}}
     one = {"title": "t", "x": "step", "y": "", "lines": {"b": points}, "faint": {"b": points}, "log": True}

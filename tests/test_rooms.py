@@ -122,6 +122,21 @@ def test_models_stand_alone():
     assert not outside
 
 
+SLOW = ("matplotlib", "sklearn", "timm", "torch_fidelity", "torchmetrics", "torchvision")  # a second or more each
+SLOW_PARTS = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor")
+
+
+def test_what_takes_seconds_is_imported_where_it_is_needed():
+    """So that a command says at once that a flag is wrong, and none waits for what it does not use."""
+    for path in FILES:
+        if room_of(path) == "checks":
+            continue
+        for node in ast.parse((ROOT / path).read_text()).body:
+            names = [alias.name for alias in getattr(node, "names", [])] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.startswith(SLOW_PARTS) or name.split(".")[0] in SLOW], path
+
+
 def test_no_file_is_too_long_to_be_read():
     lengths = {str(path): len((ROOT / path).read_text().splitlines()) for path in FILES}
     assert max(lengths.values()) <= 450, max(lengths, key=lengths.get)

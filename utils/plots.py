@@ -1,19 +1,12 @@
 """Pictures of images and of runs: labelled grids, scales building up, training curves."""
 
+import functools
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib import font_manager
-from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-FONT = font_manager.findfont("DejaVu Sans")  # comes with matplotlib; Pillow's own has few letters beyond English
 GAP = 2  # pixels between images
 FEW_POINTS = 40  # a line of fewer points shows them
 SMALLEST = 64  # images are enlarged to at least this many pixels
@@ -37,9 +30,19 @@ def check_picture(path: str | Path) -> None:
         raise ValueError(f"{path}: is to be a picture: give a name that ends in .png")
 
 
+@functools.cache
+def font_file() -> str:
+    """DejaVu Sans, which comes with matplotlib; Pillow's own font has few letters beyond English."""
+    from matplotlib import font_manager  # here, as it takes half a second
+
+    return font_manager.findfont("DejaVu Sans")
+
+
 def drawable(names: list[str]) -> list[str]:
     """Names as they can be drawn: the number of one that has a letter which the font lacks."""
-    letters = FT2Font(FONT).get_charmap()  # by code point
+    from matplotlib.ft2font import FT2Font
+
+    letters = FT2Font(font_file()).get_charmap()  # by code point
     return [name if all(ord(letter) in letters for letter in name) else str(number) for number, name in enumerate(names)]
 
 
@@ -48,7 +51,7 @@ def grid(rows: list[np.ndarray], labels: list[str], heads: list[str] | None = No
     height, width = rows[0].shape[1:3]
     zoom = -(-SMALLEST // min(height, width))
     height, width = height * zoom, width * zoom
-    font = ImageFont.truetype(FONT, size=14)
+    font = ImageFont.truetype(font_file(), size=14)
     margin = max([0] + [round(font.getlength(label)) + 12 for label in labels])
     top = 22 if heads else 0
     columns = max(len(row) for row in rows)
@@ -72,11 +75,14 @@ def curves(path: Path, panels: list[dict], columns: int | None = None) -> None:
     faint, lines in pale behind those of their name, dashed, grey lines to compare with, and log, for a logarithmic y axis. A
     name has one colour in all panels.
     """
+    from matplotlib.figure import Figure  # not pyplot: no display is needed, nothing to be closed
+
     names = dict.fromkeys(name for panel in panels for name in (*panel["lines"], *panel.get("faint", {})))
     colours = {name: f"C{number % 10}" for number, name in enumerate(names)}
     columns = columns or len(panels)
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5.5 * columns, 4 * rows), squeeze=False)
+    figure = Figure(figsize=(5.5 * columns, 4 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, panels, strict=False):
@@ -95,4 +101,3 @@ def curves(path: Path, panels: list[dict], columns: int | None = None) -> None:
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2 as transforms
 
 from utils.data.layouts import Listing, check_root, list_splits
 from utils.data.pictures import EXTENSIONS, WHITE, background_colour, read_picture
@@ -190,6 +189,8 @@ class Images(Dataset):
         seed: int = 0,
         background: str = WHITE,
     ):
+        from torchvision.transforms import v2 as transforms  # here, as it takes seconds
+
         self.files, self.background = files, background_colour(background)
         self.seed = seed
         self.random = augment or flip

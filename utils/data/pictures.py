@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS as EXTENSIONS
 
+# those of torchvision, whose import takes seconds
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 WHITE = "white"
 BACKGROUND_HELP = "colour of what shows through where pictures are transparent: a name, or #rrggbb"
 # Made by systems and storage devices beside people's own files, and often full of thumbnails.

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from torchvision.transforms.v2 import functional as F
 
 from utils.data.pictures import EXTENSIONS, WHITE, background_colour, find_pictures, read_picture
 
@@ -142,6 +141,8 @@ class FittedImages(_InBatches):
 
     def pictures(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
         """(H, W, 3) uint8 each; one that has this size stays as it is. ValueError for another size unless this is square."""
+        from torchvision.transforms.v2 import functional as F  # here, as it takes seconds
+
         of_folder = isinstance(self.whole, FolderImages)
         for row, image in zip(rows, self.whole.of_any_size(rows) if of_folder else self.whole.pictures(rows), strict=True):
             if image.shape[:2] == (self.height, self.width):

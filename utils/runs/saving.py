@@ -13,11 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as torch_dist
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.storage import Description, write_config, write_tensors
 from models.tokenizer import TokenizerConfig
@@ -79,13 +76,15 @@ class ShardedSaver:
         best: int = 0,
     ) -> None:
         """As `save_checkpoint`, after the one before it has been finished."""
+        import torch.distributed.checkpoint as dcp  # here, as it takes a second
+
         self.finish()
         target = checkpoint_path(run, step)
         aside = target.with_name(f".{target.name}.writing")
         if self.is_main:
             aside_of(target)
         self.barrier()
-        writer = HuggingFaceStorageWriter(str(aside / SHARDS), save_distributed=True)
+        writer = dcp.HuggingFaceStorageWriter(str(aside / SHARDS), save_distributed=True)
         written = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
 
         def put_away() -> None:
@@ -111,9 +110,11 @@ class ShardedSaver:
         running, self.running = self.running, None
         if running is None:
             return
+        from torch.distributed.checkpoint import CheckpointException
+
         try:
             running.result()
-        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        except (OSError, RuntimeError, CheckpointException) as error:
             raise OSError(f"the last checkpoint could not be written ({_first_cause(error)})") from error
 
 
@@ -166,6 +167,8 @@ def _file_sizes(checkpoint: Path) -> dict[str, torch.Size]:
 
 
 def _fill_from_files_(tensors: dict[str, Tensor], checkpoint: Path) -> None:
+    from torch.distributed.tensor import DTensor, distribute_tensor  # here, as it takes a second
+
     for section, members in sectioned(tensors).items():
         with safe_open(checkpoint / f"{section}.safetensors", "pt") as file:
             for name, tensor in members.items():

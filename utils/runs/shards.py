@@ -7,9 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 SHARDS = "shards"  # the folder of a checkpoint that holds them
 
@@ -20,16 +18,20 @@ def is_sharded(checkpoint: Path) -> bool:
 
 def shard_sizes(checkpoint: Path) -> dict[str, torch.Size]:
     """Names and whole sizes of the tensors of a sharded checkpoint."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader  # here, as it takes a second
+
     reader = HuggingFaceStorageReader(str(checkpoint / SHARDS))
     return {name: entry.size for name, entry in reader.read_metadata().state_dict_metadata.items()}
 
 
 def fill_from_shards_(tensors: dict[str, Tensor], checkpoint: Path) -> None:
     """Fill whole tensors, or this rank's parts of sharded ones, by name."""
+    import torch.distributed.checkpoint as dcp
+
     with warnings.catch_warnings():
         # each rank reads for itself what it needs, so nobody waits for anybody, and that is what it warns of
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint / SHARDS)), no_dist=True)
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / SHARDS)), no_dist=True)
 
 
 def read_shards(checkpoint: Path, sections: tuple[str, ...]) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 MODEL = "model"  # the part that a run is for: averaged, described, published
 AVERAGED = "ema"
@@ -33,6 +32,8 @@ class Part:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         scaler.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
+        from torch.distributed.tensor import DTensor  # here, as it takes a second
+
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
