@@ -14,6 +14,7 @@ import torch
 
 from dist import Ranks, process_group
 from models.inheritance import inherit_, table
+from models.parts import train_only_
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
@@ -98,6 +99,16 @@ def start_from_(
     return lines
 
 
+def choose_parts_(transformer: ScaleTransformer, text: str) -> str:
+    """For --train_only; what is to be told of it."""
+    try:
+        train_only_(transformer, [name.strip() for name in text.split(",")])
+    except ValueError as error:
+        raise ValueError(f"--train_only={text}: {error}") from error
+    count = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
+    return f"trained: {text}, {count / 1e6:.2f}M parameters; all others stay as they are"
+
+
 def run_config(config: TrainConfig, size: int) -> RunConfig:
     """What the loop is told; size: training images."""
     steps_per_epoch = math.ceil(size / config.bs)
@@ -145,6 +156,8 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     std = None if config.ini < 0 else config.ini
     transformer.init_weights(config.alng, config.aln, config.hd, std, config.alng if config.alng_all else config.aln)
     told = [*told, *start_from_(transformer, config, tokenizer, source.class_names, ranks)]
+    if config.train_only:
+        told.append(choose_parts_(transformer, config.train_only))
     fidelity = build_fidelity(config, tokenizer, source, images, ranks) if config.val_fd else None
     task = TASKS[config.objective](config, transformer, tokenizer, source, ranks, fidelity, told)
     return Trainer(task, run_config(config, source.size), ranks)

@@ -23,7 +23,7 @@ from utils.runs.log import RunLog
 from utils.runs.pace import Pace, peak_memory
 from utils.runs.resume import agreed_checkpoint, changes
 from utils.runs.saving import ShardedSaver, read_numbers, restore_, save_checkpoint
-from utils.runs.state import AVERAGED, MODEL, TrainState, named
+from utils.runs.state import AVERAGED, MODEL, TrainState, trained
 from utils.runs.task import RunConfig, StepResult, Task, step_seed
 from utils.signals import Stopped, StopRequest
 
@@ -53,7 +53,7 @@ class Trainer:
         )
         self.state = TrainState(task.parts, scaler)
         if config.ema > 0:
-            self.state.ema = {name: weight.clone() for name, weight in named(self.state.model).items()}
+            self.state.ema = {name: weight.clone() for name, weight in trained(self.state.model).items()}
         self.sharded = ShardedSaver(ranks.is_main, ranks.barrier) if config.sharded else None
         self.saved_step = 0  # the newest checkpoint's
         self.pending: PendingStep | None = None

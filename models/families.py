@@ -47,6 +47,11 @@ class Mixer(Protocol):
         """Start what is not a plain linear layer, which the transformer starts; depth: of the transformer, in blocks."""
 
 
+def part_name(mixer: Mixer) -> str:
+    """What people call it: the name of its class without a version, such as "mamba"."""
+    return type(mixer).__name__.rstrip("0123456789").lower()
+
+
 @dataclass(frozen=True)
 class MixerConfig:
     """What the mixers of a block are built from.

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.families import Mixer
+from models.families import Mixer, part_name
 from models.pyramid import Pyramid
 from models.transformer import Block, ScaleTransformer
 
@@ -168,7 +168,7 @@ def _blocks_(target: ScaleTransformer, source: ScaleTransformer) -> list[Inherit
         for mixer, partner in pairs:
             rows.append(_mixer_(mixer, partner))
         left = [mixer for mixer in other.mixers if not any(partner is mixer for _, partner in pairs)]
-        rows += [Inherited(part_of(mixer), "left out", parameter_count(mixer)) for mixer in left]
+        rows += [Inherited(part_name(mixer), "left out", parameter_count(mixer)) for mixer in left]
         rows.append(_taken(FEED_FORWARD, block.ffn, other.ffn))
         shared = target.config.shared_modulation
         ours, theirs = (part.modulation if shared else part.modulation[-1] for part in (block, other))
@@ -190,8 +190,8 @@ def paired(block: Block, other: Block) -> list[tuple[Mixer, Mixer | None]]:
 
 def _mixer_(mixer: Mixer, partner: Mixer | None) -> Inherited:
     if partner is None:
-        return Inherited(part_of(mixer), "new", parameter_count(mixer))
-    return _taken(part_of(mixer), mixer, partner)
+        return Inherited(part_name(mixer), "new", parameter_count(mixer))
+    return _taken(part_name(mixer), mixer, partner)
 
 
 def _modulation_(ours: nn.Module, theirs: nn.Module, block: Block, other: Block) -> list[Inherited]:
@@ -226,10 +226,6 @@ def _without_new_gammas_(shared: nn.Linear, block: Block, other: Block) -> None:
 
 
 # --- what is told -------------------------------------------------------------------------------------------------------
-
-
-def part_of(mixer: Mixer) -> str:
-    return type(mixer).__name__.lower()
 
 
 def parameter_count(module: nn.Module) -> int:

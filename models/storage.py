@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -143,6 +143,14 @@ def weights_file(directory: Path, averaged: bool = True) -> Path:
     return path if averaged and path.exists() else directory / WEIGHTS
 
 
+def read_averaged(directory: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint directory that has averaged ones: these, and of what was not trained the others."""
+    averaged = read_tensors(directory / AVERAGED)
+    with safe_open(directory / WEIGHTS, "pt") as file:
+        left = {name: file.get_tensor(name) for name in file.keys() if name not in averaged}  # noqa: SIM118
+    return averaged | left
+
+
 def read_config(directory: Path, model_class: type[nn.Module]) -> Any:
     """The model's part of config.json; ValueError where it describes the other kind of model."""
     path = directory / CONFIG
@@ -186,7 +194,8 @@ def read_model(model_class: type[Model], path: Path, weights: dict[str, Tensor] 
     files belong to another model, or not together.
     """
     config = dataclasses.replace(read_config(path.parent, model_class), **changes)
-    weights = read_tensors(path) if weights is None else weights
+    if weights is None:
+        weights = read_averaged(path.parent) if path.name == AVERAGED else read_tensors(path)
     model = fill_(model_class(config), weights, path)
     model.description = dataclasses.replace(read_description(path.parent), precision=precision_of(weights))
     return model

@@ -71,7 +71,7 @@ def test_markov_starts_as_markov_mamba_and_mvar_as_var_without_its_scan():
     var = ScaleTransformer(TransformerConfig(**{**vars(mvar.config), "blocks": ("var", "var")}))
     var.init_weights()
     rows = inherit_(var, mvar)
-    assert hows(rows)["mamba2"] == ["left out"]
+    assert hows(rows)["mamba"] == ["left out"]
     assert hows(rows)["modulation"] == ["taken"]
     for block, other in zip(var.blocks, mvar.blocks, strict=True):
         assert torch.equal(block.ffn.fc1.weight, other.ffn.fc1.weight)
@@ -95,7 +95,7 @@ def test_the_table_counts_every_number_of_the_new_model_once():
     rows = inherit_(target, var)
     counted = sum(row.count for row in rows if row.how != "left out")
     assert counted == sum(parameter.numel() for parameter in target.parameters())
-    assert hows(rows)["mamba2"] == ["new"]
+    assert hows(rows)["mamba"] == ["new"]
     assert hows(rows)["modulation"] == ["taken", "new, of new mixers"]
     assert len(table(rows)) == len(rows)
 

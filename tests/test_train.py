@@ -11,9 +11,11 @@ from commands import (
     run_in_process,
     run_in_shell,
 )
+from safetensors import safe_open
 
 import train
 from dist import Ranks
+from models.parts import parts_of
 from utils import cli
 from utils.checkpoint import load_description, load_transformer
 from utils.runs.checkpoints import checkpoints
@@ -285,7 +287,7 @@ def test_a_run_starts_from_weights_of_another_kind_and_goes_on_without_them(trai
     words = [*SMALL, "--vae", tokenizer, "--data_path", images, "--local_out_dir_path", run, "--init_from"]
     code, out, errors = command(*words, trained_var, "--max_steps=1", "--alng=0")
     assert code == 0, errors
-    for part in ("class embedding", "attention", "mamba2", "modulation"):
+    for part in ("class embedding", "attention", "mamba", "modulation"):
         assert part in out
     assert "new, of new mixers" in out
     # one step of a small rate later it still is what it came from, but for that step
@@ -295,7 +297,7 @@ def test_a_run_starts_from_weights_of_another_kind_and_goes_on_without_them(trai
     code, out, errors = command(*words, tmp_path / "gone", "--max_steps=2", "--alng=0")
     assert code == 0, errors
     assert "resuming at step 1" in out
-    assert "mamba2" not in out
+    assert "mamba" not in out
 
 
 @pytest.mark.parametrize(
@@ -372,4 +374,49 @@ def test_a_resumed_alignment_is_the_uninterrupted_one(trained_var, images, token
 )
 def test_an_alignment_that_cannot_be_is_refused(flags, message, command):
     code, _, errors = command(*SMALL, *flags)
+    assert_refused(code, errors, message)
+
+
+def test_only_the_parts_that_are_named_are_trained_averaged_and_kept_by_the_optimizer(
+    trained_var, images, tokenizer, tmp_path, command
+):
+    run = tmp_path / "run"
+    words = [*SMALL, "--family=mvar", "--vae", tokenizer, "--data_path", images, "--local_out_dir_path", run, "--alng=0.1"]
+    words += ["--init_from", trained_var, "--train_only=mamba,head", "--seed=3"]
+    code, out, errors = command(*words, "--max_steps=1")
+    assert code == 0, errors
+    assert "trained: mamba,head, " in out
+    start = load_transformer(run, ema=False)
+    code, out, errors = command(*words, "--max_steps=3")
+    assert code == 0, errors
+    assert "resuming at step 1" in out
+    end, averaged = load_transformer(run, ema=False), load_transformer(run)
+    chosen = {id(parameter) for name in ("mamba", "head") for parameter in parts_of(end)[name]}
+    names = {name for name, parameter in end.named_parameters() if id(parameter) in chosen}
+    weights = [model.state_dict() for model in (start, end, averaged)]
+    moved = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    matrices = {name for name in names if weights[0][name].ndim > 1}  # steps of a scan may be too small to be seen
+    assert matrices <= moved <= names
+    assert matrices <= {name for name in weights[1] if not torch.equal(weights[1][name], weights[2][name])} <= names
+    checkpoint = checkpoints(run)[-1]
+    with safe_open(checkpoint / "ema.safetensors", "pt") as file:
+        assert set(file.keys()) == names
+    with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
+        assert {name.rpartition(".")[0] for name in file.keys()} == names  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train_only=head"], "--train_only=head: the other parts would stay as they were drawn: give --init_from"),
+        (
+            ["--family=var", "--train_only=mamba"],
+            "no part 'mamba': give some of embeddings, modulation, feed-forward, head, attention",
+        ),
+    ],
+)
+def test_parts_that_cannot_be_trained_alone_are_refused(flags, message, trained_var, images, tokenizer, tmp_path, command):
+    start = ["--init_from", trained_var] if "--family=var" in flags else []
+    run = ["--vae", tokenizer, "--data_path", images, "--local_out_dir_path", tmp_path / "run", *start]
+    code, _, errors = command(*SMALL, *run, *flags)
     assert_refused(code, errors, message)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from golden_weights import GRADIENTS, LOGITS, TRANSFORMERS, assert_near, facts, relative_error, tensors, transformer
 from small_models import CODE_DIM, NUM_CLASSES, SIDES, VARIANTS, random_indices, seeded, small_tokenizer, small_transformer
 
+from models.parts import parts_of
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.transformer import (
     FAMILIES,
@@ -350,3 +351,9 @@ def test_unknown_field_is_no_silent_default():
 def test_inputs_that_end_inside_a_scale_are_named(model, inputs):
     with pytest.raises(ValueError, match=f"give {INPUTS} for all"):
         model(LABELS, inputs[:, :-1])
+
+
+def test_every_parameter_is_of_one_part(variant):
+    model = small_transformer(**VARIANTS[variant])
+    found = [id(parameter) for part in parts_of(model).values() for parameter in part]
+    assert sorted(found) == sorted(map(id, model.parameters()))

@@ -8,8 +8,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from torchvision.datasets import ImageFolder
-
 from scripts.benchmarks.config import NUM_CLASSES, BenchmarkConfig
 from scripts.benchmarks.formats import Columns
 from utils.data.images import ImageFiles, read_folders
@@ -65,11 +63,13 @@ def make_tree(root: Path, rows: int) -> None:
                 (folder / f"n{label:08d}_{number}.JPEG").touch()
 
 
-def image_folders(root: Path) -> list[ImageFolder]:
+def image_folders(root: Path) -> list:
+    from torchvision.datasets import ImageFolder  # here, as it takes a second
+
     return [ImageFolder(str(root / split)) for split in ("train", "val")]
 
 
-def samples_of(folder: ImageFolder) -> int:
+def samples_of(folder) -> int:
     """Look at everything, as a long run does."""
     return sum(len(path) + label for path, label in folder.samples)
 

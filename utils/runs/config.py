@@ -67,6 +67,9 @@ class TrainConfig:
     alng_all: bool = flag(
         False, "--alng for the feed-forward's gamma in blocks with Mamba too; the released M-VAR leaves it at --aln"
     )
+    train_only: str = flag(
+        "", "parts to train, with commas between them: modulation, mamba, attention, feed-forward, head, embeddings; empty: all"
+    )
     # optimisation
     bs: int = flag(768, "images per step, over all ranks and micro-batches", "--batch_size")
     ac: int = flag(1, "micro-batches per step (gradient accumulation)", "--accumulate")
@@ -165,6 +168,8 @@ class TrainConfig:
                 f"--scale_groups={self.scale_groups}: scales depend on one another in family {self.family}"
                 f"{' with --global_blocks' if self.global_blocks else ''}: only all of --family=markov can be trained so"
             )
+        if self.train_only and not self.init_from:
+            raise ValueError(f"--train_only={self.train_only}: the other parts would stay as they were drawn: give --init_from")
         if self.objective == "cca":
             self._check_contrast()
         if self.parallel == "fsdp" and self.fp16 == 1:

@@ -7,9 +7,14 @@ NO_DECAY = ("position_embed", "start_embed", "scale_embed", "modulation.offset",
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
-    """Weight decay for everything but 1-D parameters, biases and the embeddings of NO_DECAY; the class embedding has it."""
+    """Weight decay for everything but 1-D parameters, biases and the embeddings of NO_DECAY; the class embedding has it.
+
+    What needs no gradient is in neither group.
+    """
     decayed, exempt = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         keep = parameter.ndim == 1 or name.endswith("bias") or any(part in name for part in NO_DECAY)
         (exempt if keep else decayed).append(parameter)
     return [{"params": decayed, "decays": True}, {"params": exempt, "decays": False, "weight_decay": 0.0}]

@@ -35,9 +35,11 @@ def fill_from_shards_(tensors: dict[str, Tensor], checkpoint: Path) -> None:
 
 
 def read_shards(checkpoint: Path, sections: tuple[str, ...]) -> dict[str, Tensor]:
-    """Whole tensors "NAME" of the first of the sections "SECTION.NAME" that the checkpoint has."""
+    """Whole tensors "NAME", each of the first of the sections "SECTION.NAME" that has it."""
     sizes = shard_sizes(checkpoint)
-    section = next((section for section in sections if any(name.startswith(f"{section}.") for name in sizes)), sections[0])
-    tensors = {name: torch.empty(size) for name, size in sizes.items() if name.startswith(f"{section}.")}
+    places: dict[str, str] = {}
+    for section in reversed(sections):
+        places |= {name.removeprefix(f"{section}."): name for name in sizes if name.startswith(f"{section}.")}
+    tensors = {place: torch.empty(sizes[place]) for place in places.values()}
     fill_from_shards_(tensors, checkpoint)
-    return {name.removeprefix(f"{section}."): tensor for name, tensor in tensors.items()}
+    return {name: tensors[place] for name, place in places.items()}

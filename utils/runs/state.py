@@ -43,8 +43,8 @@ class TrainState:
 
     parts: the models that are trained, by name, the one called MODEL among them. seconds: training time so far.
     skipped_steps, skipped_in_a_row: steps whose gradient was not finite under float16. validation_due: the validation at this
-    step has not been done. ema: averaged weights of MODEL by name, none where not wanted. best, best_step: the best value of
-    the figure that decides which checkpoint is kept, None before there is one, and where it was reached.
+    step has not been done. ema: averaged weights of MODEL by name, of what is trained, none where not wanted. best, best_step:
+    the best value of the figure that decides which checkpoint is kept, None before there is one, and where it was reached.
     """
 
     parts: dict[str, Part]
@@ -144,6 +144,11 @@ def sectioned(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def named(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Those that are not left as they are."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

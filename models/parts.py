@@ -1,0 +1,37 @@
+"""The parts of a transformer by their plain names, for people who train some of them only."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from models.families import part_name
+from models.transformer import ScaleTransformer
+
+
+def parts_of(transformer: ScaleTransformer) -> dict[str, list[nn.Parameter]]:
+    """All parameters by part: embeddings, modulation, feed-forward, head, and the names of the mixers that there are."""
+    modules: dict[str, list[nn.Module]] = {
+        "embeddings": [transformer.class_embed, transformer.code_embed, transformer.scale_embed],
+        "modulation": [block.modulation for block in transformer.blocks],
+        "feed-forward": [block.ffn for block in transformer.blocks],
+        "head": [transformer.head_modulation, transformer.head],
+    }
+    if transformer.config.shared_modulation:
+        modules["modulation"].append(transformer.shared_modulation)
+    for block in transformer.blocks:
+        for mixer in block.mixers:
+            modules.setdefault(part_name(mixer), []).append(mixer)
+    parts = {name: [parameter for module in found for parameter in module.parameters()] for name, found in modules.items()}
+    parts["embeddings"] += [transformer.start_embed, transformer.position_embed]
+    return parts
+
+
+def train_only_(transformer: ScaleTransformer, names: Sequence[str]) -> None:
+    """Leave all but these parts as they are. ValueError for a part that it has not."""
+    parts = parts_of(transformer)
+    if unknown := [name for name in names if name not in parts]:
+        raise ValueError(f"no part {unknown[0]!r}: give some of {', '.join(parts)}")
+    transformer.requires_grad_(False)
+    for name in names:
+        for parameter in parts[name]:
+            parameter.requires_grad_(True)
