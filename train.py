@@ -28,8 +28,7 @@ from models.transformer import ScaleTransformer, recompute_blocks_
 from trainer import Trainer
 from utils import cli, plots
 from utils.checkpoint import load_fitting_tokenizer, load_tokenizer_for
-from utils.data.images import check_root
-from utils.data.sources import CachedData, Data, FolderData
+from utils.data.sources import CachedData, Data, FolderData, check_images
 from utils.data.token_cache import check_classes, fingerprint, is_of, read_manifest, short
 from utils.metrics.fidelity import Fidelity
 from utils.runs.config import RELEASED_TOKENIZER, TrainConfig
@@ -333,12 +332,13 @@ def build_data(config: TrainConfig, tokenizer: VQVAE) -> FolderData | CachedData
     height, width = tokenizer.config.image_shape
     if height != width:
         raise ValueError(f"pyramid {tokenizer.pyramid}: training from folders needs square images")
-    return FolderData(config.data_path, height, config.mid_reso, config.hflip, config.seed, config.workers, config.background)
+    how = height, config.mid_reso, config.hflip, config.seed, config.workers, config.background, config.columns
+    return FolderData(config.data_path, *how)
 
 
 def build_fidelity(config: TrainConfig, tokenizer: VQVAE, source: FolderData | CachedData, ranks: Ranks) -> Fidelity:
     """For --val_fd."""
-    how = tokenizer.config.image_shape[0], source.resize, config.workers, ranks, config.background
+    how = tokenizer.config.image_shape[0], source.resize, config.workers, ranks, config.background, config.columns
     fidelity = Fidelity(config.data_path, config.val_fd, *how)
     if fidelity.train.class_names != source.class_names:
         raise ValueError(
@@ -376,7 +376,7 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     """Everything that the flags ask for, loaded, checked and initialised."""
     config.rank_batch(ranks.world)
     if not config.token_cache or config.val_fd:
-        check_root(config.data_path)
+        check_images(config.data_path, config.columns)
     seed = chosen_seed(config.seed, Path(config.local_out_dir_path), ranks)
     config = replace(config, seed=seed, vae=tokenizer_source(config))
     if config.token_cache and not config.pn:

@@ -25,8 +25,10 @@ from utils.checkpoint import load_fitting_tokenizer
 from utils.cli import flag, required
 from utils.data import token_cache
 from utils.data.batches import batches_at, val_batches, worker_count
-from utils.data.images import ImageFiles, Images, check_resize, read_folders
+from utils.data.hub_sets import DATA_PATH_HELP, IMAGE_COLUMN_HELP, LABEL_COLUMN_HELP, Columns
+from utils.data.images import ImageFiles, Images, check_resize
 from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
+from utils.data.sources import read_images
 from utils.data.token_cache import ARRAYS, CacheShard, Plan
 
 COMPARED_IMAGES = 16  # of which it is told how many tokens another precision changes
@@ -37,7 +39,7 @@ class CacheConfig:
     """Flags of scripts/cache_tokens.py."""
 
     vae: str = required("tokenizer: released file, directory, or owner/name[:file]")
-    data_path: str = required("directory with train/<class>/* and val/<class>/*")
+    data_path: str = required(DATA_PATH_HELP)
     out: str = required("directory of the cache; an unfinished one is resumed, a finished one not touched")
     pn: str = flag("", "pyramid: 256, 512, 1024 or sides such as 1_2_3_4; empty: the tokenizer's", "--pyramid")
     views: int = flag(1, "random crops per training image; 1 with --center_crop")
@@ -45,6 +47,8 @@ class CacheConfig:
     hflip: bool = flag(False, "mirror half of the training views")
     resize: float = flag(1.125, "images are resized to this times their final size, then cropped", "--mid_reso")
     batch: int = flag(128, "images per forward pass, per rank")
+    image_column: str = flag("", IMAGE_COLUMN_HELP)
+    label_column: str = flag("", LABEL_COLUMN_HELP)
     background: str = flag(WHITE, BACKGROUND_HELP)
     workers: int | Literal["auto"] = flag("auto", "processes that load images, per rank; 0: none; auto: one less than cores")
     precision: str = flag("float32", "of the tokenizer's encoder; others change tokens, how many is told", choices=PRECISIONS)
@@ -145,7 +149,7 @@ def encode(config: CacheConfig, ranks: Ranks) -> None:
     out = Path(config.out)
     if (out / "manifest.json").exists():
         raise ValueError(f"{out}: a finished token cache is there: give another --out or remove it")
-    train, val = read_folders(config.data_path)
+    train, val = read_images(config.data_path, Columns(config.image_column, config.label_column))
     tokenizer = load_fitting_tokenizer(config.vae, config.pn).to(ranks.device)
     plan = make_plan(config, tokenizer, train, val)
     # every rank looks, and so stops with the same error, before any of them writes

@@ -78,7 +78,8 @@ class ImageReconstruction(Task):
         config, (height, width) = self.config, self.tokenizer.config.image_shape
         if height != width:
             raise ValueError(f"the tokenizer is for images of {width}x{height} px, and training cuts squares: give another")
-        return FolderData(config.data_path, height, config.resize, config.hflip, config.seed, config.workers, config.background)
+        how = height, config.resize, config.hflip, config.seed, config.workers, config.background, config.columns
+        return FolderData(config.data_path, *how)
 
     # --- one step -------------------------------------------------------------------------------------------------------
 
@@ -230,7 +231,7 @@ class ImageReconstruction(Task):
         config = self.config
         if not config.val_fd:
             return None
-        how = self.data.pixels, config.resize, config.workers, self.ranks, config.background
+        how = self.data.pixels, config.resize, config.workers, self.ranks, config.background, config.columns
         return Fidelity(config.data_path, config.val_fd, *how)
 
     def _draw(self, tokenizer: VQVAE) -> Image.Image:

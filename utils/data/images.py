@@ -4,6 +4,7 @@ A dataset is a directory with train/<class>/* and val/<class>/*; class names sor
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +15,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2 as transforms
 
-from utils.data.pictures import EXTENSIONS, WHITE, background_colour, list_classes, read_picture
+from utils.data.pictures import EXTENSIONS, WHITE, Stored, background_colour, list_classes, read_picture
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Files of one split and their labels; class_names[label] is the folder they lie in."""
+    """Files of one split, or pictures in larger ones, and their labels; class_names[label] is the folder they lie in."""
 
-    paths: list[str]
+    paths: Sequence[str | Stored]
     labels: list[int]
     class_names: list[str]
 

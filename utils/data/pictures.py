@@ -3,9 +3,10 @@
 A picture is upright as its EXIF data say, has 8 bits per channel, 16 are scaled, and no transparency: it lies on a background.
 """
 
+import io
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
@@ -18,6 +19,12 @@ SYSTEM_FOLDERS = {"@eadir", "#recycle", "__macosx", "$recycle.bin", "system volu
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini"}
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
+
+
+class Stored(Protocol):
+    """A picture that is no file of its own, but lies in one with others; as str what messages call it."""
+
+    def read(self) -> bytes: ...
 
 
 class Found(NamedTuple):
@@ -93,19 +100,21 @@ def background_colour(name: str) -> tuple[int, int, int]:
         raise ValueError(f"--background={name}: no colour: give a name such as white, or #rrggbb") from error
 
 
-def read_picture(path: str | Path, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+def read_picture(path: str | Path | Stored, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """The first picture of a file, RGB. background: what shows through where it is transparent.
 
     ValueError, in one line that names the file, where it cannot be read or its values have no known range.
     """
+    source = None
     try:
-        with Image.open(path) as file:
+        source = str(path) if isinstance(path, (str, Path)) else io.BytesIO(path.read())
+        with Image.open(source) as file:
             check_range(file)
             transparency = file.info.get("transparency")
             upright = ImageOps.exif_transpose(file)
         return opaque(upright, transparency, background)
     except Exception as error:  # whatever a decoder raises: the name of the file is what helps
-        reason = " ".join(str(error).removesuffix(f" {str(path)!r}").split()) or type(error).__name__
+        reason = " ".join(str(error).removesuffix(f" {source!r}").split()) or type(error).__name__
         raise ValueError(f"{path}: not a readable image ({reason}): repair or remove it") from error
 
 

@@ -22,6 +22,7 @@ from models.pyramid import Pyramid
 from models.storage import from_dict, weights_hash
 from models.tokenizer import TOKEN_PARTS, VQVAE
 from utils.data.batches import TrainOrder, in_order
+from utils.data.hub_sets import Rows
 from utils.data.images import ImageFiles
 from utils.data.pictures import WHITE
 from utils.files import replace_text, sha256
@@ -142,12 +143,17 @@ def _lookup(tokenizer: VQVAE) -> str:
 
 
 def listing_hash(root: str | Path, train: ImageFiles, val: ImageFiles) -> str:
-    """SHA-256 over the file names below `root` and their labels, in the order of the rows."""
+    """SHA-256 over the file names below `root` and their labels, in the order of the rows.
+
+    Pictures of a data set have no files: their names and sizes there count, wherever it lies.
+    """
     digest = hashlib.sha256()
     for split, files in zip(SPLITS, (train, val), strict=True):
         folder = str(Path(root) / split)
-        for path, label in zip(files.paths, files.labels, strict=True):
-            digest.update(f"{split}{path.removeprefix(folder)}\n{label}\n".encode(errors="surrogateescape"))
+        in_set = isinstance(files.paths, Rows)
+        names = files.paths.listing() if in_set else (path.removeprefix(folder) for path in files.paths)
+        for name, label in zip(names, files.labels, strict=True):
+            digest.update(f"{split}{name}\n{label}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

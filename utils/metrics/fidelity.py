@@ -14,8 +14,10 @@ from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import plots
 from utils.data.batches import val_batches
-from utils.data.images import ImageFiles, Images, read_folders
+from utils.data.hub_sets import FOUND_BY_TYPE, Columns
+from utils.data.images import ImageFiles, Images
 from utils.data.pictures import WHITE
+from utils.data.sources import read_images
 from utils.metrics.distances import frechet_distance
 from utils.metrics.features import load_extractor
 from utils.metrics.image_sets import Gaussian
@@ -28,15 +30,23 @@ SEED = 0  # the same samples at every validation
 class Fidelity:
     """Compares samples, or decoded training images, with all held-out images; and as many training images likewise.
 
-    root: directory with train/ and val/. count: samples. pixels, resize: how images are prepared, as for training, but cut out
-    of the middle; background: what shows through transparent ones. Every rank makes and looks at its share, and reads its
-    images with so many workers.
+    root: directory with train/ and val/, or hf:... with its columns. count: samples. pixels, resize: how images are prepared,
+    as for training, but cut out of the middle; background: what shows through transparent ones. Every rank makes and looks at
+    its share, and reads its images with so many workers.
     """
 
     def __init__(
-        self, root: str | Path, count: int, pixels: int, resize: float, workers: int, ranks: Ranks, background: str = WHITE
+        self,
+        root: str | Path,
+        count: int,
+        pixels: int,
+        resize: float,
+        workers: int,
+        ranks: Ranks,
+        background: str = WHITE,
+        columns: Columns = FOUND_BY_TYPE,
     ):
-        self.train, self.val = read_folders(root)
+        self.train, self.val = read_images(root, columns)
         if len(self.val.paths) < 2:
             raise ValueError(f"{root}/val: holds 1 image, a distance needs more: add some, or give --val_fd=0")
         self.count, self.pixels, self.resize, self.background = count, pixels, resize, background

@@ -1,4 +1,6 @@
-"""Sets of images to be scored: an .npz of samples, as evaluators of any model read them, a folder of pictures, or statistics.
+"""Sets of images to be scored: an .npz of samples, as evaluators of any model read them, pictures, or statistics.
+
+Pictures are those of a folder, or of a split of a data set, hf:DIRECTORY or hf:OWNER/NAME[@REVISION] with :SPLIT.
 
 Images are read batch by batch, so that 50,000 images need no more memory than one batch. Nothing in a file is executed.
 `rows` are the numbers of the images to be read, ascending, such as the part that one of several processes takes; None: all.
@@ -21,7 +23,8 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from utils.data.pictures import EXTENSIONS, WHITE, background_colour, find_pictures, read_picture
+from utils.data.hub_sets import is_hub_set, read_hub_images
+from utils.data.pictures import EXTENSIONS, WHITE, Stored, background_colour, find_pictures, read_picture
 
 ORIGIN = ("extractor", "fingerprint", "count", "height", "width")  # of statistics: what they are of
 READERS = min(os.cpu_count() or 1, 8)  # threads that decode pictures
@@ -95,10 +98,13 @@ class NpzImages(_InBatches):
 
 @dataclass(frozen=True)
 class FolderImages(_InBatches):
-    """Pictures of a folder and the folders in it, in the order of their paths, and how many other files lie among them."""
+    """Pictures of a folder and the folders in it, in the order of their paths, and how many other files lie among them.
+
+    Or those of a data set, in the order of its rows.
+    """
 
     source: str
-    paths: list[Path]
+    paths: Sequence[Path | Stored]
     height: int
     width: int
     background: tuple[int, int, int] = (255, 255, 255)
@@ -189,12 +195,14 @@ class Reference(NamedTuple):
 ImageSet = NpzImages | FolderImages | FittedImages
 
 
-def open_images(source: str | Path, background: str = WHITE, array_name: str = "") -> ImageSet:
-    """The images of an .npz (of the array named, of arr_0, or of its only array of images) or of a folder of pictures.
+def open_images(source: str | Path, background: str = WHITE, array_name: str = "", image_column: str = "") -> ImageSet:
+    """The images of an .npz (of the array named, of arr_0, or of its only array of images), of a folder or of a data set.
 
-    background: what shows through where pictures of a folder are transparent. FileNotFoundError where there is nothing,
-    ValueError, in one line, where what is there are no 8-bit RGB images of one size, or several arrays of them.
+    background: what shows through where pictures are transparent. image_column: of a data set. FileNotFoundError where there
+    is nothing, ValueError, in one line, where what is there are no 8-bit RGB images of one size, or several arrays of them.
     """
+    if is_hub_set(source):
+        return _open_pictures(str(source), read_hub_images(str(source), image_column), background_colour(background))
     path = Path(source)
     if path.is_dir():
         return _open_folder(path, background_colour(background))
@@ -216,19 +224,24 @@ def open_images(source: str | Path, background: str = WHITE, array_name: str = "
 
 
 def open_reference(
-    source: str | Path, extractor: str, background: str = WHITE, array_name: str = "", any_statistics: bool = False
+    source: str | Path,
+    extractor: str,
+    background: str = WHITE,
+    array_name: str = "",
+    image_column: str = "",
+    any_statistics: bool = False,
 ) -> Reference:
     """Images, statistics that `write_statistics` wrote, or for "inception" those of another evaluator.
 
-    background, array_name: as for `open_images`; an array of this name counts where there is one.
+    background, array_name, image_column: as for `open_images`; an array of this name counts where there is one.
 
     Statistics without a word of who made them are refused unless any_statistics: pytorch-fid's for instance are of images that
     were resized otherwise. The OpenAI evaluator's (VIRTUAL_*.npz) have statistics of a whole data set and, for precision and
     recall, some images of it.
     """
     path = Path(source)
-    if path.is_dir():
-        return Reference(open_images(path, background), None)
+    if is_hub_set(source) or path.is_dir():
+        return Reference(open_images(source, background, image_column=image_column), None)
     arrays = read_arrays(path)
     names = {array.name for array in arrays}
     named = array_name if array_name in names else ""
@@ -345,6 +358,11 @@ def _open_folder(folder: Path, background: tuple[int, int, int]) -> FolderImages
     found = find_pictures(folder)
     if not found.pictures:
         raise ValueError(f"{folder}: no pictures ({', '.join(EXTENSIONS)}) in this folder or those in it: give another")
-    paths = [folder / name for name in found.pictures]
+    return _open_pictures(str(folder), [folder / name for name in found.pictures], background, len(found.strangers))
+
+
+def _open_pictures(
+    source: str, paths: Sequence[Path | Stored], background: tuple[int, int, int], strangers: int = 0
+) -> FolderImages:
     width, height = read_picture(paths[0], background).size
-    return FolderImages(str(folder), paths, height, width, background, len(found.strangers))
+    return FolderImages(source, paths, height, width, background, strangers)

@@ -14,6 +14,7 @@ from models.tokenizer import VQVAE
 from models.transformer import TransformerConfig, family_config
 from utils.cli import flag
 from utils.data.batches import worker_count
+from utils.data.hub_sets import DATA_PATH_HELP, IMAGE_COLUMN_HELP, LABEL_COLUMN_HELP, Columns
 from utils.data.images import check_resize
 from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
 
@@ -40,7 +41,9 @@ class TrainConfig:
     pn: str = flag("", "pyramid: 256, 512, 1024 or sides such as 1_2_3_4; empty: the tokenizer's", "--pyramid")
     # data
     vae: str = flag("", f"tokenizer: file, directory or owner/name[:file]; empty: {RELEASED_TOKENIZER}, or the cache's")
-    data_path: str = flag("imagenet", "directory with train/<class>/* and val/<class>/*")
+    data_path: str = flag("imagenet", DATA_PATH_HELP)
+    image_column: str = flag("", IMAGE_COLUMN_HELP)
+    label_column: str = flag("", LABEL_COLUMN_HELP)
     token_cache: str = flag("", "directory made by scripts/cache_tokens.py, to train from instead of --data_path")
     mid_reso: float = flag(1.125, "images are resized to this times their final size, then cropped", "--resize")
     hflip: bool = flag(False, "mirror half of the training images")
@@ -145,6 +148,11 @@ class TrainConfig:
     def _check_at_least(self, name: str, least: float) -> None:
         if getattr(self, name) < least:
             raise ValueError(f"--{name}={getattr(self, name)}: give {least} or more")
+
+    @property
+    def columns(self) -> Columns:
+        """Of a data set at --data_path."""
+        return Columns(self.image_column, self.label_column)
 
     @property
     def peak_learning_rate(self) -> float:

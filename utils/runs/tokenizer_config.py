@@ -13,6 +13,7 @@ from models.quantizer import QuantizerTraining
 from models.tokenizer import TOKENIZER_PRESETS, TokenizerConfig
 from utils.cli import flag, required
 from utils.data.batches import worker_count
+from utils.data.hub_sets import DATA_PATH_HELP, IMAGE_COLUMN_HELP, LABEL_COLUMN_HELP, Columns
 from utils.data.images import check_resize
 from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
 
@@ -51,7 +52,7 @@ def recipe(given: dict) -> dict:
 class TokenizerTraining:
     """Flags of scripts/train_tokenizer.py."""
 
-    data_path: str = required("directory with train/<class>/* and val/<class>/*")
+    data_path: str = required(DATA_PATH_HELP)
     out: str = required("run directory; a run in it is resumed")
     # what is trained
     preset: str = flag("f16-256", "sizes of the tokenizer, and defaults of other flags", choices=TOKENIZER_PRESETS)
@@ -101,6 +102,8 @@ class TokenizerTraining:
     perturbation: float = flag(0.0, "share of the codes that are swapped for near neighbours before they are decoded")
     matching: float = flag(0.0, "weight, within --vq, of how far the codes' distribution is from that of what looks for one")
     # data
+    image_column: str = flag("", IMAGE_COLUMN_HELP)
+    label_column: str = flag("", LABEL_COLUMN_HELP)
     resize: float = flag(1.125, "images are resized to this times their final size, then cropped", "--mid_reso")
     hflip: bool = flag(False, "mirror half of the training images")
     background: str = flag(WHITE, BACKGROUND_HELP)
@@ -166,6 +169,11 @@ class TokenizerTraining:
                     raise ValueError(f"--{name}={getattr(self, name)}: would change tokens, which --refine keeps: leave it out")
         if self.init_from and self.cosine:
             raise ValueError(f"--cosine=1: {self.init_from} says how its codes are chosen: leave it out")
+
+    @property
+    def columns(self) -> Columns:
+        """Of a data set at --data_path."""
+        return Columns(self.image_column, self.label_column)
 
     def sizes(self) -> TokenizerConfig:
         """Of the tokenizer, where no other one says them. ValueError for a pyramid that does not fit."""
