@@ -300,10 +300,17 @@ def test_columns_are_found_or_named(root, tmp_path):
 
 
 def test_without_the_package_it_is_told_what_to_install(root, command, monkeypatch, tmp_path):
+    words = [f"hf:{root / 'parquet'}:train", root / "folder" / "val"]
     monkeypatch.setitem(sys.modules, "datasets", None)
-    code, _, errors = command(script("evaluate").main, f"hf:{root / 'parquet'}:train", root / "folder" / "val")
+    code, _, errors = command(script("evaluate").main, *words)
     assert code == 1
     assert errors == "command: error: hf: needs the package datasets, which is not installed: pip install --upgrade datasets\n"
+    # there, but not with what is installed beside it
+    monkeypatch.delitem(sys.modules, "datasets")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "datasets.py").write_text("raise ImportError('pyarrow requires NumPy 2.0')")
+    code, _, errors = command(script("evaluate").main, *words)
+    assert "which cannot be imported (pyarrow requires NumPy 2.0): pip install --upgrade datasets" in errors
 
 
 def test_a_folder_has_no_columns(root, command, tmp_path):

@@ -188,11 +188,13 @@ def read_hub_images(source: str, image_column: str = "") -> Rows:
 
 
 def _library():
-    """The package. ValueError where it is not there, or so old that it runs scripts of data sets."""
+    """The package. ValueError where it cannot be had, or is so old that it runs scripts of data sets."""
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"{PREFIX} needs the package datasets, which is not installed: {INSTALL}") from error
+        is_there = not isinstance(error, ModuleNotFoundError)  # but does not fit what else is installed
+        why = f"cannot be imported ({first_line(error)})" if is_there else "is not installed"
+        raise ValueError(f"{PREFIX} needs the package datasets, which {why}: {INSTALL}") from error
     if int(datasets.__version__.partition(".")[0]) < 4:
         raise ValueError(f"datasets {datasets.__version__} is installed, which runs scripts of data sets: {INSTALL}")
     return datasets
