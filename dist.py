@@ -6,12 +6,13 @@ CPUs, so that they never wait for a GPU.
 
 import contextlib
 import os
+import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -21,6 +22,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 MEETING_SECONDS = 1800  # how long rank 0 waits for the others at the start
+STILL_AT_IT = 60.0  # seconds, between two words of rank 0 to those who wait for what it does
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,36 @@ class Ranks:
         if self.world > 1:
             torch_dist.broadcast(shared, src=0)
         return shared.tolist()
+
+    def once(self, work: Callable[[], Value]) -> Value:
+        """What `work` gives on rank 0, on every rank, however long it takes; a mistake that it finds ends all.
+
+        It travels as a pickle, between processes of one run.
+        """
+        if self.world == 1:
+            return work()
+        given: list[Value] = []
+        raised: list[BaseException] = []
+
+        def do() -> None:
+            try:
+                given.append(work())
+            except BaseException as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=do, daemon=True)
+        if self.is_main:
+            thread.start()
+            thread.join(STILL_AT_IT)
+        while self.from_main(thread.is_alive()):  # the others wait here, not in one collective, which would time out
+            if self.is_main:
+                thread.join(STILL_AT_IT)
+        with self.failing_together():
+            if raised:
+                raise raised[0]
+        shared = given if self.is_main else [None]
+        torch_dist.broadcast_object_list(shared, src=0, device=torch.device("cpu"))
+        return shared[0]
 
     def copy_from_main_(self, values: Tensor) -> None:
         """Overwrite a tensor with rank 0's."""

@@ -8,13 +8,12 @@ Images are written by a thread, and on GPUs decoded on a stream of their own, wh
 """
 
 import functools
-import itertools
-import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,19 +23,19 @@ from tqdm import tqdm
 from dist import Ranks, process_group
 from models.captured import CapturedSampler
 from models.drawing import Generators, draw_labels
-from models.families import FAMILIES
 from models.generate import (
     COHORT_SIZE,
     Cohort,
+    Refiner,
     SampledScales,
-    SamplingConfig,
     check_finite,
+    check_models,
     decode_sampled,
     num_cohorts,
     sample,
 )
 from models.precision import PRECISIONS, Precision, fastest
-from models.scan_backends import SCAN_BACKENDS, choose_scan_
+from models.scan_backends import choose_scan_
 from models.storage import weights_hash
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
@@ -44,124 +43,17 @@ from utils import cli, plots
 from utils.background import Background
 from utils.checkpoint import find_tokenizer, load_description, load_tokenizer_for, load_transformer
 from utils.class_names import parse_classes, told_classes
-from utils.cli import flag, required
 from utils.data.token_cache import check_trained_on
 from utils.dump import Dump, begun_settings, finished_settings
 from utils.evidence import commit
 from utils.files import check_writable
+from utils.sampling.config import AUTO, SampleConfig, Setting
+from utils.sampling.judging import BestOf, Judge, Sampler
 
-PRESETS = {
-    "fid": {"cfg": "1.5", "top_k": "900", "top_p": "0.96", "smooth": False},
-    "visual": {"cfg": "4.0", "top_k": "900", "top_p": "0.95", "smooth": True},
-}
 FID_IMAGES_PER_CLASS = 50
 GRID_COLUMNS = 8
 DEFAULT_CLASSES = 10  # rows of a grid where neither --classes nor --num says otherwise
-AUTO = "auto"
 NOT_SETTINGS = ("out", "overwrite", "batch")  # flags that no image depends on
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """Flags of sample.py."""
-
-    ckpt: str = required("transformer: released file, run or checkpoint directory, or owner/name[@revision][:file]")
-    out: str = required("picture, directory (png) or file (npz) to write")
-    vae: str = flag("", "tokenizer, likewise; empty: the one the checkpoint names")
-    any_tokenizer: bool = flag(False, "take the tokenizer given, even where it is not the one that ckpt was trained with")
-    family: str = flag("", "needed for released MVAR weights: markov", choices=("", *FAMILIES))
-    format: str = flag("grid", "what to write", choices=("grid", "scales", "png", "npz"))
-    classes: str = flag(
-        "", "labels, such as 0,3,7, or class names, in quotes where they hold a comma; none: no class; random: drawn"
-    )
-    num: int = flag(
-        0,
-        "images in all, evenly over the classes; 0: of each class a row of a grid, 50 with --preset=fid, else one; "
-        "under torchrun: --num_images",
-        "--num_images",
-    )
-    seed: int = flag(0, "of the sampling")
-    preset: str = flag(
-        "",
-        "cfg, top_k, top_p and smooth at once, flags beside it win; none: as fid, which also makes 50 images of each class",
-        choices=("", *PRESETS),
-    )
-    cfg: str | None = flag(None, "guidance scale, 0 for none; several, such as 1.25,1.5,1.75, are sampled one after another")
-    top_k: str | None = flag(None, "keep the so many likeliest codes, 0: all; or several")
-    top_p: str | None = flag(None, "of those keep the likeliest with this mass, 0: all; or several")
-    smooth: bool | None = flag(None, "mix codes by Gumbel-softmax: for pictures only")
-    batch: int = flag(
-        64, "images that a rank takes at a time, in whole cohorts of 16 (on GPUs 64) that are always computed alike"
-    )
-    precision: str = flag(
-        "auto",
-        f"what images are computed in, of {', '.join(PRECISIONS)}, or two of them with a comma: of the transformer and of the "
-        "decoder; auto: the half precision of the device where it is much faster, which a CPU is measured for",
-    )
-    cuda_graph: bool = flag(False, "launch all scales of a batch as one graph: for GPUs that wait for Python")
-    scan_backend: str = flag(
-        "auto", "kernels of Mamba-2; auto: on a GPU those that are installed, else plain torch", choices=SCAN_BACKENDS
-    )
-    ema: bool = flag(True, "use the averaged weights of our checkpoints")
-    overwrite: bool = flag(False, "replace what is at --out")
-
-    def __post_init__(self):
-        if self.batch < 1 or self.num < 0:
-            raise ValueError(f"--batch={self.batch}, --num={self.num}: give at least 1 image at a time and 0 or more in all")
-        if not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"--seed={self.seed}: give a whole number from 0 to {(1 << 63) - 1}")
-        for name, value in PRESETS[self.preset or "fid"].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        self.sweep()
-        if self.precision != AUTO:
-            Precision.parse(self.precision)
-
-    @property
-    def is_dump(self) -> bool:
-        return self.format in ("png", "npz")
-
-    def sweep(self) -> list["Setting"]:
-        """Every combination of the values of --cfg, --top_k and --top_p; ValueError for values that are none."""
-        values = {name: _numbers(name, getattr(self, name), kind) for name, kind in SWEPT.items()}
-        varied = [name for name in SWEPT if len(values[name]) > 1]
-        settings = []
-        for combination in itertools.product(*values.values()):
-            chosen = dict(zip(SWEPT, combination, strict=True))
-            name = "".join(f"-{name}{chosen[name]:g}" for name in varied)
-            out = Path(self.out)
-            is_folder = self.format == "png"
-            out = out.with_name(out.name + name if is_folder else out.stem + name + out.suffix)
-            settings.append(Setting(out, chosen["cfg"], chosen["top_k"], chosen["top_p"], self.smooth))
-        return settings
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How images are drawn, and where they go."""
-
-    out: Path
-    cfg: float
-    top_k: int
-    top_p: float
-    smooth: bool
-
-
-SWEPT: dict[str, type] = {"cfg": float, "top_k": int, "top_p": float}
-
-
-def _numbers(name: str, text: str, kind: type) -> list:
-    """'1.25,1.5' -> [1.25, 1.5]"""
-    try:
-        values = [kind(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or min(values) < 0 or (name == "top_p" and max(values) > 1) or not all(map(math.isfinite, values)):
-        what = f"{'a whole number' if kind is int else 'a number'} of 0{' to 1' if name == 'top_p' else ' or more'}"
-        raise ValueError(f"--{name}={text}: give {what}, or several with commas between them")
-    if len(set(values)) < len(values):
-        raise ValueError(f"--{name}={text}: has a value twice: leave one out")
-    return values
 
 
 def all_labels(config: SampleConfig, classes: list[int], num_classes: int) -> list[int]:
@@ -174,15 +66,25 @@ def all_labels(config: SampleConfig, classes: list[int], num_classes: int) -> li
     return [classes[n * len(classes) // num] for n in range(num)]
 
 
-Sampler = Callable[[Tensor, Generators], SampledScales]  # labels and generators of a cohort
-
-
-def make_sampler(config: SampleConfig, setting: Setting, transformer: ScaleTransformer, tokenizer: VQVAE) -> Sampler:
+def make_sampler(
+    config: SampleConfig,
+    setting: Setting,
+    transformer: ScaleTransformer,
+    tokenizer: VQVAE,
+    helpers: "Helpers | None" = None,
+) -> Sampler:
     """What samples cohorts. ValueError if the models do not fit."""
-    how = SamplingConfig(setting.cfg, setting.top_k, setting.top_p, setting.smooth)
+    refiner, judge = helpers or Helpers()
+    how = config.drawing(setting)
+    how.guided(transformer.pyramid.num_scales)
     if config.cuda_graph:
-        return CapturedSampler(transformer, tokenizer, how, COHORT_SIZE["cuda"])
-    return lambda labels, generators: sample(transformer, tokenizer, labels, how, generators)
+        draw = CapturedSampler(transformer, tokenizer, how, COHORT_SIZE["cuda"], refiner=refiner)
+    else:
+
+        def draw(labels: Tensor, generators: Generators) -> SampledScales:
+            return sample(transformer, tokenizer, labels, how, generators, refiner)
+
+    return draw if judge is None else BestOf(config.best_of, draw, tokenizer, judge)
 
 
 def start_decoding(tokenizer: VQVAE, sampled: SampledScales, stream: torch.cuda.Stream | None) -> Callable[[], np.ndarray]:
@@ -270,6 +172,28 @@ def load_models(config: SampleConfig, device: torch.device) -> tuple[ScaleTransf
     return transformer.to(device), tokenizer.to(device), description.class_names if description else []
 
 
+class Helpers(NamedTuple):
+    """Further models that take part in sampling."""
+
+    refiner: Refiner | None = None
+    judge: Judge | None = None
+
+    @classmethod
+    def load(cls, config: SampleConfig, transformer: ScaleTransformer, device: torch.device) -> "Helpers":
+        """Those of --refine_ckpt and --judge. ValueError and FileNotFoundError where they cannot be had, or do not fit."""
+        refiner = judge = None
+        if config.refine_ckpt:
+            refiner = Refiner(load_transformer(config.refine_ckpt, ema=config.ema).to(device), config.draft_scales)
+        if config.judge:
+            judge = Judge(config.judge, transformer.config.num_classes, device)
+        return cls(refiner, judge)
+
+    def hashes(self) -> dict[str, str]:
+        """Of their weights, for the settings of a dump."""
+        found = {} if self.refiner is None else {"refiner_sha256": weights_hash(self.refiner.transformer)}
+        return found if self.judge is None else found | {"judge_sha256": self.judge.fingerprint}
+
+
 def choose_precision(
     config: SampleConfig, settings: list[Setting], transformer: ScaleTransformer, tokenizer: VQVAE, ranks: Ranks
 ) -> Precision:
@@ -290,12 +214,13 @@ def draw_pictures(
     setting: Setting,
     transformer: ScaleTransformer,
     tokenizer: VQVAE,
+    helpers: Helpers,
     labels: list[int],
     names: list[str],
 ) -> None:
     """A grid, or the scales of some images, in one file."""
     device = next(transformer.parameters()).device
-    sampler = make_sampler(config, setting, transformer, tokenizer)
+    sampler = make_sampler(config, setting, transformer, tokenizer, helpers)
     kept = []
     with tqdm(total=len(labels), unit="image") as bar:
         for number in range(num_cohorts(len(labels), device.type)):
@@ -306,6 +231,8 @@ def draw_pictures(
             pictures = scale_pictures(tokenizer, sampled) if in_scales else plots.to_uint8(decode_sampled(tokenizer, sampled))
             kept.append(pictures[: len(cohort.numbers)])
             bar.update(len(cohort.numbers))
+    if isinstance(sampler, BestOf):
+        print(sampler.told(), file=sys.stderr)
     setting.out.parent.mkdir(parents=True, exist_ok=True)
     if config.format == "grid":
         write_grid(setting.out, np.concatenate(kept), labels, names)
@@ -327,6 +254,7 @@ def write_dump(
     setting: Setting,
     transformer: ScaleTransformer,
     tokenizer: VQVAE,
+    helpers: Helpers,
     ranks: Ranks,
 ) -> None:
     """PNG files or an .npz; every rank makes its share of the cohorts that are missing, the main rank puts them together."""
@@ -348,13 +276,15 @@ def write_dump(
         dump.write(number, images)
         bar.update(min(ranks.world * len(images), count - bar.n))  # the others are as far as this one
 
-    sampler = make_sampler(config, setting, transformer, tokenizer) if mine else None
+    sampler = make_sampler(config, setting, transformer, tokenizer, helpers) if mine else None
     stream = torch.cuda.Stream() if ranks.device.type == "cuda" else None
     with bar, Background() as writer:
         for number in mine:
             cohort = Cohort.of(dump.labels, number, config.seed, ranks.device)
             decoded = start_decoding(tokenizer, sampler(cohort.labels, cohort.generators), stream)
             writer.put(functools.partial(write, number, cohort, decoded))
+    if isinstance(sampler, BestOf):
+        print(sampler.told(), file=sys.stderr)
     if ranks.is_main:
         while dump.missing():  # of other ranks
             time.sleep(0.2)
@@ -372,11 +302,17 @@ def main() -> None:
         if ranks.world > 1 and not config.is_dump:
             raise ValueError(f"--format={config.format}: a picture is made by one process: run it without torchrun")
         transformer, tokenizer, class_names = load_models(config, ranks.device)
+        helpers = Helpers.load(config, transformer, ranks.device)
+        check_models(transformer, tokenizer, helpers.refiner)
         scan_choice = choose_scan_(transformer, config.scan_backend, ranks.device)
         models = {"transformer_sha256": transformer, "tokenizer_sha256": tokenizer}
         weights = {name: weights_hash(model) for name, model in models.items()} if config.is_dump else {}
+        weights |= helpers.hashes() if config.is_dump else {}
         precision = choose_precision(config, settings, transformer, tokenizer, ranks)
         precision.apply_(transformer, tokenizer)
+        if helpers.refiner is not None:
+            choose_scan_(helpers.refiner.transformer, config.scan_backend, ranks.device)
+            precision.apply_(helpers.refiner.transformer, tokenizer)
         # those used, which images depend on
         config = replace(config, scan_backend=scan_choice.backend, precision=str(precision))
         if ranks.is_main:
@@ -388,12 +324,14 @@ def main() -> None:
         else:
             classes = list(range(num_classes if config.is_dump else min(num_classes, DEFAULT_CLASSES)))
         labels = all_labels(config, classes, num_classes)
+        if config.judge and num_classes in labels:
+            raise ValueError(f"--judge={config.judge}: of images of no class nothing can be judged: leave one of both out")
         if ranks.is_main and class_names:
             print(told_classes(labels, names), file=sys.stderr)
         for setting in settings:
             done = f"wrote {len(labels)} images ({config.format}) to {setting.out}"
             if not config.is_dump:
-                draw_pictures(config, setting, transformer, tokenizer, labels, names)
+                draw_pictures(config, setting, transformer, tokenizer, helpers, labels, names)
             else:
                 dump = plan_dump(config, setting, weights, ranks.device.type, labels)
                 if config.overwrite and ranks.is_main:
@@ -401,7 +339,7 @@ def main() -> None:
                 if not config.overwrite and ranks.largest(int(ranks.is_main and dump.is_finished())):
                     done = f"{setting.out}: all {len(labels)} images of this command are there already"
                 else:
-                    write_dump(dump, config, setting, transformer, tokenizer, ranks)
+                    write_dump(dump, config, setting, transformer, tokenizer, helpers, ranks)
             if ranks.is_main:
                 print(done)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.drawing import Generators, fill_exponential_
-from models.generate import SampledScales, SamplingConfig, check_fit, sample_scales
+from models.generate import Refiner, SampledScales, SamplingConfig, check_models, sample_scales
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 
@@ -45,7 +45,7 @@ class CapturedSampler:
 
     The graph reads the models' weights where they lie: changes in place are seen, but the models may not be moved. It keeps
     the random numbers of a batch, batch * L * V * 4 bytes, twice that with config.smooth, beside what sampling takes.
-    ValueError if the models do not fit, or are not on a GPU.
+    ValueError if the models do not fit, or are not on a GPU. refiner: as in `sample_scales`.
 
     capture: how a computation is recorded; another one than a graph is for tests.
     """
@@ -57,8 +57,9 @@ class CapturedSampler:
         config: SamplingConfig,
         batch: int,
         capture: Capture = cuda_graph,
+        refiner: Refiner | None = None,
     ):
-        check_fit(transformer, tokenizer)
+        check_models(transformer, tokenizer, refiner)
         device = transformer.head.weight.device
         if capture is cuda_graph and device.type != "cuda":
             raise ValueError(f"a CUDA graph needs a CUDA GPU, the models are on {device.type}: sample without it")
@@ -69,7 +70,7 @@ class CapturedSampler:
 
         def compute() -> SampledScales:
             drawn = iter(self.noise)
-            return sample_scales(transformer, tokenizer, self.labels, config, lambda logits: _next(drawn, logits))
+            return sample_scales(transformer, tokenizer, self.labels, config, lambda logits: _next(drawn, logits), refiner)
 
         self.replay, self.results = capture(compute)
 

@@ -4,6 +4,7 @@ Guidance is VAR's (arXiv 2404.02905, released sampler). On a GPU no decision dep
 of a CUDA graph (models/captured.py). Letters: B images, l tokens of a scale, V codes.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,13 +28,17 @@ def guide(logits: Tensor, strength: float) -> Tensor:
     return torch.lerp(unconditional, conditional, 1 + strength)
 
 
-def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
-    """Logits (..., V) with all but the top_k largest, then all outside the smallest set of mass top_p, at -inf.
+def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 0.0, min_p: float = 0.0) -> Tensor:
+    """Logits (..., V) with all but the top_k largest, then all outside the smallest set of mass top_p, then all that are less
+    than min_p times as likely as the likeliest (arXiv 2407.01082), at -inf.
 
     0 switches a filter off. Ties with the k-th largest stay. Of the tokens that top_p looks at, the smallest whose cumulated
     probability is at most 1 - top_p go; the largest always stays. Which of several equal ones go is up to torch.sort, as in the
     released code: on GPUs, where it is stable, those that stand first.
     """
+    if min_p > 0:
+        least = logits.amax(dim=-1, keepdim=True) + math.log(min_p)
+        return filter_logits(logits, top_k, top_p).masked_fill(logits < least, -torch.inf)
     if top_p == 0:
         return logits.masked_fill(logits < _kth_largest(logits, top_k), -torch.inf) if top_k > 0 else logits
     keep, is_split = _largest(logits, top_k, top_p)

@@ -2,16 +2,17 @@
 
 What is carried from scale to scale is explicit: the mixers' states and the sum of codes so far. Nothing is re-run and nothing
 is stored on a module. Guidance is VAR's (arXiv 2404.02905, released sampler): its strength grows linearly from 0 at the first
-scale. What is done to the logits of a scale stands in models/drawing.py.
+scale, unless told otherwise. What is done to the logits of a scale stands in models/drawing.py.
 
 The loop, `sample_scales`, takes its random numbers from the caller and no decision depends on a value, so that the whole of it
 can be recorded as one CUDA graph (models/captured.py).
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,19 +30,73 @@ LARGEST_LOGIT = 1e30  # beyond it guidance has left nothing of what the transfor
 Noise = Callable[[Tensor], Tensor]  # exponential random numbers of the shape of its argument (B, ..., V)
 
 
+# The share of the guidance's strength at the share p of the scales, 0 at the first, 1 at the last.
+GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda p: p,
+    "constant": lambda p: 1.0,
+    "cosine": lambda p: (1 - math.cos(math.pi * p)) / 2,
+}
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are drawn, see `generate`."""
+    """How tokens are drawn; what stands here is as published with VAR.
+
+    guidance_scale: strength of guidance, 0 for none. top_k, top_p, min_p: see filter_logits. smooth: mix code vectors by
+    Gumbel-softmax. guidance_schedule: how the strength grows over the scales, one of GUIDANCE_SCHEDULES. guidance_scales: first
+    and last scale that is guided, counted from 1, None: all. temperature: what logits are divided by, at the first and at the
+    last scale, evenly between them; below 1 is likelier.
+    """
 
     guidance_scale: float = 1.5
     top_k: int = 900
     top_p: float = 0.96
     smooth: bool = False
+    guidance_schedule: str = "linear"
+    guidance_scales: tuple[int, int] | None = None
+    temperature: tuple[float, float] = (1.0, 1.0)
+    min_p: float = 0.0
 
     def __post_init__(self):
         if self.guidance_scale < 0 or self.top_k < 0 or not 0 <= self.top_p <= 1:
             given = f"guidance_scale={self.guidance_scale}, top_k={self.top_k}, top_p={self.top_p}"
             raise ValueError(f"{given}: give at least 0, and top_p at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p}: give a share from 0 to 1")
+        if self.guidance_schedule not in GUIDANCE_SCHEDULES:
+            raise ValueError(f"guidance_schedule={self.guidance_schedule!r}: give one of {', '.join(GUIDANCE_SCHEDULES)}")
+        if self.guidance_scales is not None and not 1 <= self.guidance_scales[0] <= self.guidance_scales[1]:
+            raise ValueError(f"guidance_scales={self.guidance_scales}: give the first and the last guided scale, from 1 on")
+        if not all(0 < value < math.inf for value in self.temperature):
+            raise ValueError(f"temperature={self.temperature}: give numbers above 0")
+
+    def guided(self, num_scales: int) -> range:
+        """The scales that are guided, counted from 0. ValueError where the pyramid has not that many."""
+        if self.guidance_scale == 0:  # Differs from MVAR: its sampler takes guidance 1 for none; here as in VAR only 0 is none
+            return range(0)
+        first, last = self.guidance_scales or (1, num_scales)
+        if last > num_scales:
+            raise ValueError(f"guidance_scales={self.guidance_scales}: the pyramid has {num_scales} scales")
+        return range(first - 1, last)
+
+    def strength(self, progress: float) -> float:
+        """Of guidance, at the share of the scales that has passed."""
+        return self.guidance_scale * GUIDANCE_SCHEDULES[self.guidance_schedule](progress)
+
+    def divisor(self, progress: float) -> float:
+        """The temperature there."""
+        first, last = self.temperature
+        return first + (last - first) * progress
+
+
+class Refiner(NamedTuple):
+    """A second transformer that takes over where another one has drawn the coarse scales (CoDe, arXiv 2411.17787).
+
+    drafted: the first so many scales are the other one's.
+    """
+
+    transformer: ScaleTransformer
+    drafted: int
 
 
 class GenerationState(NamedTuple):
@@ -70,30 +125,39 @@ class Generation(NamedTuple):
 
 @torch.no_grad()
 def sample_scales(
-    transformer: ScaleTransformer, tokenizer: VQVAE, labels: Tensor, config: SamplingConfig, noise: Noise
+    transformer: ScaleTransformer,
+    tokenizer: VQVAE,
+    labels: Tensor,
+    config: SamplingConfig,
+    noise: Noise,
+    refiner: Refiner | None = None,
 ) -> SampledScales:
     """All scales of images of the given classes (B,), one after another.
+
+    refiner: who goes on after the first scales, with a state made of them in one pass.
 
     noise is asked for random numbers in a fixed order: at each scale those that draw its tokens (B, h_k * w_k, V), and with
     config.smooth as many again. Nothing here waits for the device or depends on a value. What the transformer computes is in
     the precision of its weights, all else in float32.
     """
-    # Differs from MVAR: its sampler takes guidance 1 for none; here as in VAR only 0 is none.
-    guided = config.guidance_scale > 0
-    rows = torch.cat([labels, torch.full_like(labels, transformer.unconditional)]) if guided else labels
-    conditioning = transformer.condition(rows)
-    codebook, quantizer = tokenizer.quantizer.codebook, tokenizer.quantizer
+    codebook, quantizer, pyramid = tokenizer.quantizer.codebook, tokenizer.quantizer, transformer.pyramid
+    guided = config.guided(pyramid.num_scales)
+    predictor = Predictor(transformer, labels, guided)
     f_hat = quantizer.initial(labels.shape[0])
-    state = GenerationState(transformer.init_state(rows.shape[0]), f_hat, f_hat.flatten(2).transpose(1, 2)[:, :0])
-    indices, sums, finite = [], [], []
-    for k in transformer.pyramid.scales:
-        progress = k / max(transformer.pyramid.num_scales - 1, 1)
-        inputs = state.inputs.repeat(2, 1, 1) if guided else state.inputs
-        logits, blocks = transformer.advance(inputs, range(k, k + 1), conditioning, state.blocks)
-        if guided:
-            logits = guide(logits, config.guidance_scale * progress)
+    state = GenerationState(predictor.init_state(), f_hat, f_hat.flatten(2).transpose(1, 2)[:, :0])
+    inputs, indices, sums, finite = [], [], [], []
+    for k in pyramid.scales:
+        progress = k / max(pyramid.num_scales - 1, 1)
+        if refiner is not None and k == refiner.drafted:
+            predictor = Predictor(refiner.transformer, labels, guided)
+            state = state._replace(blocks=predictor.state_after(inputs))
+        inputs.append(state.inputs)
+        logits, blocks = predictor.advance(state.inputs, k, state.blocks)
+        if k in guided:
+            logits = guide(logits, config.strength(progress))
         finite.append((logits.abs() < LARGEST_LOGIT).all())  # not where one is NaN
-        logits = filter_logits(logits, config.top_k, config.top_p)
+        divisor = config.divisor(progress)
+        logits = filter_logits(logits if divisor == 1 else logits / divisor, config.top_k, config.top_p, config.min_p)
         indices.append(draw_indices(logits, noise(logits)))
         if config.smooth:
             temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
@@ -104,20 +168,71 @@ def sample_scales(
             vectors = codebook(indices[k])
         f_hat = quantizer.add_scale(state.f_hat, k, vectors)
         sums.append(f_hat)
-        is_last = k + 1 == transformer.pyramid.num_scales
+        is_last = k + 1 == pyramid.num_scales
         state = GenerationState(blocks, f_hat, state.inputs if is_last else quantizer.next_input(f_hat, k))
     return SampledScales(indices, sums, torch.stack(finite).all())
 
 
+class Predictor:
+    """A transformer that gives logits scale by scale, with rows of no class where guidance needs them.
+
+    labels (B,); guided: consecutive scales that are guided.
+    """
+
+    def __init__(self, transformer: ScaleTransformer, labels: Tensor, guided: range):
+        self.transformer, self.batch, self.guided = transformer, labels.shape[0], guided
+        # scales with rows of no class: those that are guided, and those before them that these remember
+        self.doubled = guided if transformer.scales_are_independent else range(guided.stop)
+        unconditional = torch.full_like(labels, transformer.unconditional)
+        self.both = transformer.condition(torch.cat([labels, unconditional]) if guided else labels)
+        self.conditional = first_rows(self.both, self.batch)
+
+    def init_state(self) -> tuple[BlockState, ...]:
+        return self.transformer.init_state(len(self.both.start))
+
+    def state_after(self, inputs: list[Tensor]) -> tuple[BlockState, ...]:
+        """The state after the scales with these inputs, each (B, h_k * w_k, code_dim), that another transformer has drawn."""
+        if self.transformer.scales_are_independent:
+            return self.init_state()
+        is_doubled = len(inputs) in self.doubled
+        drawn = torch.cat(inputs, dim=1)
+        drawn, conditioning = (drawn.repeat(2, 1, 1), self.both) if is_doubled else (drawn, self.conditional)
+        return self.transformer.advance(drawn, range(len(inputs)), conditioning)[1]
+
+    def advance(self, inputs: Tensor, k: int, states: tuple[BlockState, ...]) -> tuple[Tensor, tuple[BlockState, ...]]:
+        """Inputs (B, h_k * w_k, code_dim) of scale k -> its logits, (2B, ...) where it is guided and (B, ...) elsewhere."""
+        scale = range(k, k + 1)
+        if k in self.doubled:
+            logits, states = self.transformer.advance(inputs.repeat(2, 1, 1), scale, self.both, states)
+            return logits if k in self.guided else logits[: self.batch], states
+        return self.transformer.advance(inputs, scale, self.conditional, first_rows(states, self.batch))
+
+
+def first_rows(parts: Any, count: int) -> Any:
+    """The first rows of every tensor (B, ...) in nested tuples."""
+    if isinstance(parts, Tensor):
+        return parts[:count]
+    if parts is None:
+        return None
+    rows = [first_rows(part, count) for part in parts]
+    return type(parts)(*rows) if hasattr(parts, "_fields") else tuple(rows)
+
+
 def sample(
-    transformer: ScaleTransformer, tokenizer: VQVAE, labels: Tensor, config: SamplingConfig, generator: Generators = None
+    transformer: ScaleTransformer,
+    tokenizer: VQVAE,
+    labels: Tensor,
+    config: SamplingConfig,
+    generator: Generators = None,
+    refiner: Refiner | None = None,
 ) -> SampledScales:
     """`sample_scales` with random numbers of a generator on the labels' device, or of one for each image.
 
     ValueError if the models do not fit.
     """
-    check_fit(transformer, tokenizer)
-    return sample_scales(transformer, tokenizer, labels, config, functools.partial(exponential_noise, generator=generator))
+    check_models(transformer, tokenizer, refiner)
+    noise = functools.partial(exponential_noise, generator=generator)
+    return sample_scales(transformer, tokenizer, labels, config, noise, refiner)
 
 
 def decode_sampled(tokenizer: VQVAE, sampled: SampledScales) -> Tensor:
@@ -142,6 +257,7 @@ def generate(
     top_p: float = 0.96,
     smooth: bool = False,
     generator: Generators = None,
+    **further: Any,
 ) -> Generation:
     """Images of the given classes.
 
@@ -149,12 +265,13 @@ def generate(
     at scale k = 0 .. K - 1, logits (1 + t) * cond - t * uncond; 0 computes no unconditional rows (and gives what strength 0
     gives). top_k, top_p: see filter_logits. smooth: mix code vectors by Gumbel-softmax instead of choosing one, for pictures,
     never for FID; the indices returned are then those drawn and not used. generator: on the labels' device; one, or one for
-    each image, whose random numbers then do not depend on the others in the batch.
+    each image, whose random numbers then do not depend on the others in the batch. further: fields of SamplingConfig.
 
     Returns images (B, 3, H, W) in [0, 1], K index tensors (B, h_k * w_k) and the features after each scale.
     ValueError if tokenizer and transformer do not fit, or if the transformer gives no numbers.
     """
-    sampled = sample(transformer, tokenizer, labels, SamplingConfig(guidance_scale, top_k, top_p, smooth), generator)
+    config = SamplingConfig(guidance_scale, top_k, top_p, smooth, **further)
+    sampled = sample(transformer, tokenizer, labels, config, generator)
     check_finite(sampled)
     return Generation(decode_sampled(tokenizer, sampled), sampled.indices, sampled.sums)
 
@@ -191,3 +308,17 @@ def check_fit(transformer: ScaleTransformer, tokenizer: VQVAE) -> None:
     ):
         if value != other:
             raise ValueError(f"the transformer's {name} is {value}, the tokenizer's {other}: load a pair that fits")
+
+
+def check_models(transformer: ScaleTransformer, tokenizer: VQVAE, refiner: Refiner | None = None) -> None:
+    """ValueError unless they fit; a refiner has to know the same classes, and both transformers need scales to draw."""
+    check_fit(transformer, tokenizer)
+    if refiner is None:
+        return
+    check_fit(refiner.transformer, tokenizer)
+    ours, theirs = transformer.config.num_classes, refiner.transformer.config.num_classes
+    if ours != theirs:
+        raise ValueError(f"the one that refines has {theirs} classes, the one that drafts {ours}: load a pair that fits")
+    num_scales = transformer.pyramid.num_scales
+    if not 1 <= refiner.drafted < num_scales:
+        raise ValueError(f"{refiner.drafted} drafted scales: the pyramid has {num_scales}: give 1 to {num_scales - 1}")

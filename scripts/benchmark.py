@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from scripts.benchmarks import attention, length, memory, peer, sampling, scan, table, tokenizer, tokens, training
+from scripts.benchmarks import attention, length, listing, memory, peer, sampling, scan, table, tokenizer, tokens, training
 from scripts.benchmarks.config import BenchmarkConfig
 from scripts.benchmarks.formats import COMMON, Columns
 from utils import cli, evidence
@@ -29,6 +29,7 @@ class Measurement(NamedTuple):
 
 MEASUREMENTS = {
     "tokens": Measurement(tokens.tokens, tokens.COLUMNS),
+    "listing": Measurement(listing.listing, listing.COLUMNS),
     "memory": Measurement(memory.memory, memory.COLUMNS),
     "sampling": Measurement(sampling.sampling, sampling.COLUMNS),
     "peer": Measurement(peer.peer, peer.COLUMNS),

@@ -25,11 +25,12 @@ from utils.checkpoint import load_fitting_tokenizer
 from utils.cli import flag, required
 from utils.data import token_cache
 from utils.data.batches import batches_at, val_batches, worker_count
-from utils.data.hub_sets import DATA_PATH_HELP, IMAGE_COLUMN_HELP, LABEL_COLUMN_HELP, Columns
-from utils.data.images import ImageFiles, Images, check_resize
+from utils.data.hub_sets import DATA_PATH_HELP, IMAGE_COLUMN_HELP, LABEL_COLUMN_HELP
+from utils.data.images import Images, Pictures, check_resize, listing_hash
+from utils.data.layouts import VAL_SHARE_HELP, check_share
 from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
-from utils.data.sources import read_images
 from utils.data.token_cache import ARRAYS, CacheShard, Plan
+from utils.runs.listing import MAX_HELP, RECORD, SKIP_HELP, check_max_bad, images_of
 
 COMPARED_IMAGES = 16  # of which it is told how many tokens another precision changes
 
@@ -41,14 +42,17 @@ class CacheConfig:
     vae: str = required("tokenizer: released file, directory, or owner/name[:file]")
     data_path: str = required(DATA_PATH_HELP)
     out: str = required("directory of the cache; an unfinished one is resumed, a finished one not touched")
+    image_column: str = flag("", IMAGE_COLUMN_HELP)
+    label_column: str = flag("", LABEL_COLUMN_HELP)
+    val_share: float = flag(0.0, VAL_SHARE_HELP)
+    skip_bad: bool = flag(False, SKIP_HELP)
+    max_bad: float = flag(0.001, MAX_HELP)
     pn: str = flag("", "pyramid: 256, 512, 1024 or sides such as 1_2_3_4; empty: the tokenizer's", "--pyramid")
     views: int = flag(1, "random crops per training image; 1 with --center_crop")
     center_crop: bool = flag(False, "cut training images out of the middle too, instead of at random")
     hflip: bool = flag(False, "mirror half of the training views")
     resize: float = flag(1.125, "images are resized to this times their final size, then cropped", "--mid_reso")
     batch: int = flag(128, "images per forward pass, per rank")
-    image_column: str = flag("", IMAGE_COLUMN_HELP)
-    label_column: str = flag("", LABEL_COLUMN_HELP)
     background: str = flag(WHITE, BACKGROUND_HELP)
     workers: int | Literal["auto"] = flag("auto", "processes that load images, per rank; 0: none; auto: one less than cores")
     precision: str = flag("float32", "of the tokenizer's encoder; others change tokens, how many is told", choices=PRECISIONS)
@@ -57,6 +61,8 @@ class CacheConfig:
     def __post_init__(self):
         object.__setattr__(self, "workers", worker_count(self.workers))
         background_colour(self.background)
+        check_share(self.val_share)
+        check_max_bad(self.max_bad)
         if self.views < 1 or self.batch < 1:
             raise ValueError(f"--views={self.views}, --batch={self.batch}: give at least 1")
         if self.workers < 0 or self.seed < 0:
@@ -66,14 +72,14 @@ class CacheConfig:
             raise ValueError(f"--views={self.views} with --center_crop would repeat the same tokens: give --views=1")
 
 
-def make_plan(config: CacheConfig, tokenizer: VQVAE, train: ImageFiles, val: ImageFiles) -> Plan:
+def make_plan(config: CacheConfig, tokenizer: VQVAE, train: Pictures, val: Pictures) -> Plan:
     """What this command would write. ValueError for a tokenizer whose tokens or images do not fit."""
     height, width = tokenizer.config.image_shape
     if height != width:
         raise ValueError(f"pyramid {tokenizer.pyramid}: encoding from folders needs square images")
     if tokenizer.config.num_codes > 1 << 16:
         raise ValueError(f"{config.vae}: {tokenizer.config.num_codes} codes do not fit into 16 bits: give another tokenizer")
-    rows = {"train": len(train.paths) * config.views, "val": len(val.paths)}
+    rows = {"train": len(train) * config.views, "val": len(val)}
     return Plan(
         sides=[side if isinstance(side, int) else list(side) for side in tokenizer.pyramid.sides],  # as JSON gives them back
         num_codes=tokenizer.config.num_codes,
@@ -88,7 +94,7 @@ def make_plan(config: CacheConfig, tokenizer: VQVAE, train: ImageFiles, val: Ima
         seed=config.seed,
         rows=rows,
         rows_per_shard={split: token_cache.rows_per_shard(count) for split, count in rows.items()},
-        listing=token_cache.listing_hash(config.data_path, train, val),
+        listing=listing_hash(train, val),
         precision=config.precision,
         background=config.background,
     )
@@ -149,7 +155,10 @@ def encode(config: CacheConfig, ranks: Ranks) -> None:
     out = Path(config.out)
     if (out / "manifest.json").exists():
         raise ValueError(f"{out}: a finished token cache is there: give another --out or remove it")
-    train, val = read_images(config.data_path, Columns(config.image_column, config.label_column))
+    # beside the cache, in which nothing else may be
+    train, val, told = images_of(config, ranks, out.with_name(f"{out.name}.{RECORD}"))
+    if ranks.is_main:
+        print("\n".join(told))
     tokenizer = load_fitting_tokenizer(config.vae, config.pn).to(ranks.device)
     plan = make_plan(config, tokenizer, train, val)
     # every rank looks, and so stops with the same error, before any of them writes

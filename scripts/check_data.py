@@ -1,7 +1,7 @@
 """Look at a folder of training images before a run does: what is in it, and what would end the run.
 
-Every file of train/<class>/* and val/<class>/* is read as training reads it. Prints a table; --json stores all of it. The exit
-code is 1 where training would stop.
+Every file of train/<class>/* and val/<class>/*, or of another layout that training takes, is read as training reads it. Prints
+a table; --json stores all of it. The exit code is 1 where training would stop.
 """
 
 import json
@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from utils import cli
 from utils.cli import argument, flag
+from utils.data.hub_sets import is_hub_set
+from utils.data.layouts import VAL_SHARE_HELP, check_root, check_share
 from utils.data.survey import Split, duplicates, list_folder, look_at, most_common, reasons_to_stop
 from utils.files import check_writable, replace_text
 
@@ -29,11 +31,13 @@ class CheckConfig:
     """Arguments of scripts/check_data.py."""
 
     folder: str = argument("directory with train/<class>/* and val/<class>/*")
+    val_share: float = flag(0.0, VAL_SHARE_HELP)
     workers: int = flag(os.cpu_count() or 1, "processes that read images")
     json: str = flag("", "also write everything to this file")
     overwrite: bool = flag(False, "replace what is at --json")
 
     def __post_init__(self):
+        check_share(self.val_share)
         if self.workers < 1:
             raise ValueError(f"--workers={self.workers}: give at least 1")
 
@@ -52,9 +56,10 @@ def table(splits: dict[str, Split], same: list[list[str]], stops: list[str]) -> 
     row("cannot be read", [sum(bool(picture.error) for picture in split.pictures) for split in splits.values()])
     row("with transparency", [sum(picture.is_transparent for picture in split.pictures) for split in splits.values()])
     row("turned by EXIF data", [sum(picture.is_turned for picture in split.pictures) for split in splits.values()])
-    row("files of other kinds", [len(split.strangers) + len(split.loose) for split in splits.values()])
+    row("files of other kinds", [len(split.strangers) + len(split.beside) + len(split.loose) for split in splits.values()])
     row("hidden or of systems", [len(split.passed_over) for split in splits.values()])
     for name, split in splits.items():
+        lines.append(f"{name}, layout: {split.layout}")
         whole = [picture for picture in split.pictures if not picture.error]
         sizes = Counter(f"{width}x{height}" for width, height in (picture.size for picture in whole))
         lines.append(f"{name}, sizes: {most_common(sizes) or 'none'}")
@@ -79,6 +84,8 @@ def table(splits: dict[str, Split], same: list[list[str]], stops: list[str]) -> 
 
 def main() -> None:
     config = cli.parse(CheckConfig, __doc__)
+    if is_hub_set(config.folder):
+        raise ValueError(f"{config.folder}: only folders are looked at here: train with --skip_bad, which names bad pictures")
     root, out = Path(config.folder), Path(config.json)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such directory: give one with train/<class>/* and val/<class>/*")
@@ -87,7 +94,9 @@ def main() -> None:
             raise ValueError(f"{out}: is there already: give another --json, or --overwrite")
         check_writable(out)
     start = time.monotonic()
-    splits, places = list_folder(root, ("train", "val"))
+    if config.val_share:
+        check_root(root, config.val_share)
+    splits, places = list_folder(root, config.val_share)
     bar = tqdm(look_at(places, config.workers), total=len(places), unit="image", mininterval=0.2 if sys.stderr.isatty() else 20)
     for place, picture in bar:
         splits[place.split].classes[place.label].append(picture)

@@ -33,6 +33,7 @@ from utils.metrics.codes import CodeCounts
 from utils.metrics.features import EfficientNetLite0
 from utils.metrics.fidelity import Fidelity
 from utils.metrics.similarity import WINDOW, psnr_of_error, ssim
+from utils.runs.listing import RECORD, images_of
 from utils.runs.plan import learning_rate_factor
 from utils.runs.state import MODEL, Part, TrainState, optimizer_section
 from utils.runs.task import Evaluation, RunConfig, StepResult, Task, autocast, step_seed
@@ -61,6 +62,7 @@ class ImageReconstruction(Task):
         if config.bs % ranks.world:
             raise ValueError(f"--bs={config.bs} does not divide by {ranks.world} ranks: give a multiple")
         self.tokenizer = first_tokenizer(config).to(ranks.device)
+        *self.images, self.told = images_of(config, ranks, Path(config.out) / RECORD)  # to train on, held out
         self.data = self._build_data()
         self.title, self.details = f"tokenizer {config.preset}", f"pyramid {self.tokenizer.pyramid}"
         self.spread = self.tokenizer if ranks.world == 1 else replicated(self.tokenizer)
@@ -78,8 +80,8 @@ class ImageReconstruction(Task):
         config, (height, width) = self.config, self.tokenizer.config.image_shape
         if height != width:
             raise ValueError(f"the tokenizer is for images of {width}x{height} px, and training cuts squares: give another")
-        how = height, config.resize, config.hflip, config.seed, config.workers, config.background, config.columns
-        return FolderData(config.data_path, *how)
+        how = height, config.resize, config.hflip, config.seed, config.workers, config.background
+        return FolderData(*self.images, *how)
 
     # --- one step -------------------------------------------------------------------------------------------------------
 
@@ -231,8 +233,8 @@ class ImageReconstruction(Task):
         config = self.config
         if not config.val_fd:
             return None
-        how = self.data.pixels, config.resize, config.workers, self.ranks, config.background, config.columns
-        return Fidelity(config.data_path, config.val_fd, *how)
+        how = self.data.pixels, config.resize, config.workers, self.ranks, config.background
+        return Fidelity(*self.images, config.val_fd, *how)
 
     def _draw(self, tokenizer: VQVAE) -> Image.Image:
         """A few held-out images below what is decoded from the first scale, from two, and so on to all."""
@@ -249,7 +251,7 @@ class ImageReconstruction(Task):
         return Description("tokenizer", self.data.class_names, None, asdict(self.config))
 
     def notes(self) -> list[str]:
-        lines = [BIASED] if self.config.gan_features == "efflite0" else []
+        lines = [*self.told, *([BIASED] if self.config.gan_features == "efflite0" else [])]
         if self.config.refine:
             lines.append(f"refining the decoder of {self.config.refine}: all of its tokens stay what they are")
         return lines

@@ -249,6 +249,17 @@ def test_both_stages_of_the_tokenizer_are_measured(measure, tmp_path):
         assert row["images_per_second"] == pytest.approx(2 / row["step_seconds"])
 
 
+def test_workers_have_lists_of_names_for_themselves_and_share_arrays(measure, tmp_path):
+    out = tmp_path / "listing.json"
+    code, shown, errors = measure("listing", "--rows=5000", "--workers=2", f"--json={out}")
+    assert code == 0, errors
+    assert shown.startswith("# Names of a large data set\n")
+    lists, arrays = json.loads(out.read_text())["rows"]
+    # a name is an object of 49 bytes and its text, a pair one of 56: all are in pages that a worker writes to
+    assert lists["worker_bytes"] > 5000 * (49 + 56)
+    assert arrays["worker_bytes"] < lists["worker_bytes"] / 2
+
+
 def test_defaults_are_of_commands_that_there_are():
     assert DEFAULTS.keys() <= benchmark.MEASUREMENTS.keys()
 

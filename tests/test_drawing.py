@@ -60,6 +60,14 @@ def test_top_p_keeps_the_smallest_sufficient_set():
     assert filter_logits(logits, top_p=1e-9).isfinite().tolist() == [True, False, False, False]
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (3, 0.0), (0, 0.9)])
+def test_min_p_keeps_what_is_at_least_so_likely_as_the_likeliest(top_k, top_p):
+    logits = torch.tensor([0.5, 0.3, 0.14, 0.06]).log() + 7  # not normalised
+    kept = torch.isfinite(filter_logits(logits, top_k, top_p))
+    assert torch.isfinite(filter_logits(logits, top_k, top_p, min_p=0.27)).tolist() == [True, True, bool(kept[2]), False]
+    assert torch.isfinite(filter_logits(logits, top_k, top_p, min_p=0.3)).tolist() == [True, True, False, False]
+
+
 def test_filters_leave_their_argument_alone():
     logits = torch.arange(5.0)
     filter_logits(logits, top_k=2, top_p=0.5)

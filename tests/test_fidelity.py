@@ -12,6 +12,7 @@ from PIL import Image
 
 import train
 from dist import Ranks
+from utils.data.images import read_folders
 from utils.metrics.distances import frechet_distance, moments
 from utils.metrics.features import extract, load_extractor
 from utils.metrics.fidelity import Fidelity
@@ -24,7 +25,7 @@ TRAINING = ["--val_fd=20", "--val_every=2"]
 
 def test_real_images_are_compared_as_they_are_prepared_for_training(images):
     """Of 20 px images cut to 16 out of the middle, without being resized."""
-    fidelity = Fidelity(images, 6, 16, resize=20 / 16, workers=0, ranks=ALONE)
+    fidelity = Fidelity(*read_folders(images), 6, 16, resize=20 / 16, workers=0, ranks=ALONE)
 
     def features(paths: list) -> np.ndarray:
         pictures = np.stack([np.asarray(Image.open(path))[2:18, 2:18] for path in paths])
@@ -38,7 +39,7 @@ def test_real_images_are_compared_as_they_are_prepared_for_training(images):
 
 
 def test_a_stop_leaves_the_distance_undone(images):
-    fidelity = Fidelity(images, 6, 16, resize=1.0, workers=0, ranks=ALONE)
+    fidelity = Fidelity(*read_folders(images), 6, 16, resize=1.0, workers=0, ranks=ALONE)
     stop = StopRequest()
     stop.number = 15
     assert fidelity.of_samples(None, None, stop) is None

@@ -4,7 +4,7 @@ from golden_weights import IMAGES, LOGITS, TRANSFORMERS, assert_near, every, fac
 from small_models import CODE_DIM, NUM_CLASSES, NUM_CODES, SIDES, VARIANTS, seeded, small_tokenizer, small_transformer
 
 from models.drawing import draw_labels, guide
-from models.generate import generate
+from models.generate import GUIDANCE_SCHEDULES, Refiner, SamplingConfig, generate, sample
 
 STRIDE = facts("tokenizer")["image_stride"]
 SMOOTH = ("mvar_tiny", "var_tiny", "var_tiny_saln")
@@ -112,6 +112,123 @@ def test_greedy_tokens_are_the_argmax_of_one_pass_over_them(name):
     chosen = logits.gather(-1, joined(generation.indices)[..., None])[..., 0]
     assert_near(chosen, logits.amax(dim=-1), 1e-4)
     assert_near(generation.images, (vae.decode(generation.indices) + 1) / 2, 1e-4)
+
+
+def rows_by_scale(model, monkeypatch) -> list[int]:
+    """Fills with the rows that the transformer computes at every scale."""
+    rows, advance = [], model.advance
+
+    def counted(inputs, scales, conditioning, states=None):
+        rows.append(len(inputs))
+        return advance(inputs, scales, conditioning, states)
+
+    monkeypatch.setattr(model, "advance", counted)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("family", "scales", "expected"),
+    [
+        ("mvar", None, [4] * 6),
+        ("var", (1, 3), [4, 4, 4, 2, 2, 2]),
+        ("mvar", (3, 4), [4, 4, 4, 4, 2, 2]),  # the first two make the state that the others start from
+        ("markov", (3, 4), [2, 2, 4, 4, 2, 2]),  # which has none
+    ],
+)
+def test_rows_of_no_class_are_computed_only_where_guidance_needs_them(monkeypatch, family, scales, expected):
+    model, vae = small_transformer(family).requires_grad_(False), small_tokenizer()
+    rows = rows_by_scale(model, monkeypatch)
+    generate(model, vae, LABELS, guidance_scales=scales)
+    assert rows == expected
+
+
+@pytest.mark.parametrize("family", ["var", "mvar", "markov", "markov-mamba"])
+def test_guidance_on_some_scales_is_guidance_whose_strength_is_zero_on_the_others(monkeypatch, family):
+    model, vae = small_transformer(family).requires_grad_(False), small_tokenizer()
+    some = generate(model, vae, LABELS, guidance_scale=3.0, guidance_scales=(3, 4), **GREEDY)
+    shares = iter([0, 0, 2 / 5, 3 / 5, 0, 0])
+    monkeypatch.setitem(GUIDANCE_SCHEDULES, "linear", lambda progress: next(shares))
+    whole = generate(model, vae, LABELS, guidance_scale=3.0, **GREEDY)
+    assert torch.equal(joined(some.indices), joined(whole.indices))
+    assert_near(some.images, whole.images, 1e-5)
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("how", [{}, {"guidance_scale": 0.0}, {"guidance_scales": (2, 3)}, {"guidance_scales": (5, 6)}])
+def test_a_transformer_that_refines_its_own_draft_makes_what_it_makes_alone(family, how):
+    model, vae = small_transformer(**VARIANTS[family]).requires_grad_(False), small_tokenizer()
+    config = SamplingConfig(**{"guidance_scale": 3.0, "top_k": 1, "top_p": 0.0} | how)
+    alone = sample(model, vae, LABELS, config)
+    for drafted in (1, 4):
+        together = sample(model, vae, LABELS, config, refiner=Refiner(model, drafted))
+        assert torch.equal(joined(together.indices), joined(alone.indices))
+
+
+@pytest.mark.parametrize(("draft", "refine"), [("mvar", "var"), ("var", "mvar"), ("markov", "mvar"), ("mvar", "markov")])
+def test_another_transformer_goes_on_where_the_first_one_ends(draft, refine):
+    first, second = (small_transformer(family).requires_grad_(False) for family in (draft, refine))
+    vae, config = small_tokenizer(), SamplingConfig(0.0, 1, 0.0)
+    together = sample(first, vae, LABELS, config, refiner=Refiner(second, 3))
+    assert all(
+        torch.equal(*pair) for pair in zip(together.indices[:3], sample(first, vae, LABELS, config).indices, strict=False)
+    )
+    # every further scale is the likeliest to the second one, given all before it
+    logits = second(LABELS, vae.teacher_inputs(together.indices))
+    for k in (3, 4, 5):
+        scale = second.pyramid.tokens(range(k, k + 1))
+        chosen = logits[:, scale].gather(-1, together.indices[k][..., None])[..., 0]
+        assert_near(chosen, logits[:, scale].amax(dim=-1), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "drafted", "named"),
+    [
+        ({}, 6, "6 drafted scales: the pyramid has 6: give 1 to 5"),
+        ({}, 0, "0 drafted scales"),
+        ({"sides": (1, 2, 3)}, 2, "pyramid"),
+    ],
+)
+def test_a_pair_that_does_not_fit_is_refused(small, changes, drafted, named):
+    with pytest.raises(ValueError, match=named):
+        sample(*small, LABELS, SamplingConfig(), refiner=Refiner(small_transformer(**changes), drafted))
+
+
+def test_guidance_grows_by_its_schedule():
+    how = {name: SamplingConfig(2.0, guidance_schedule=name) for name in GUIDANCE_SCHEDULES}
+    assert [how["linear"].strength(p) for p in (0, 0.5, 1)] == [0, 1, 2]
+    assert [how["constant"].strength(p) for p in (0, 0.5, 1)] == [2, 2, 2]
+    assert [how["cosine"].strength(p) for p in (0, 0.5, 1)] == pytest.approx([0, 1, 2])
+    assert how["cosine"].strength(0.25) == pytest.approx(2 * (1 - 0.5**0.5) / 2)
+
+
+def test_a_low_temperature_draws_the_likeliest_and_one_changes_nothing(small):
+    cold = generate(*small, LABELS, temperature=(1e-4, 1e-4), generator=seeded())
+    greedy = generate(*small, LABELS, **GREEDY)
+    assert torch.equal(joined(cold.indices), joined(greedy.indices))
+    usual, one = (generate(*small, LABELS, generator=seeded(), **how) for how in ({}, {"temperature": (1.0, 1.0)}))
+    assert torch.equal(usual.images, one.images)
+    # warm at the first scale, cold at the last: there it is the likeliest given what is before it
+    mixed = generate(*small, LABELS, guidance_scale=0.0, temperature=(1.0, 1e-4), generator=seeded())
+    logits = small[0](LABELS, small[1].teacher_inputs(mixed.indices))
+    assert torch.equal(mixed.indices[-1], logits[:, -(SIDES[-1] ** 2) :].argmax(dim=-1))
+    assert not torch.equal(mixed.indices[2], greedy.indices[2])
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ({"guidance_schedule": "up"}, "give one of linear, constant, cosine"),
+        ({"guidance_scales": (3, 2)}, "guidance_scales"),
+        ({"guidance_scales": (0, 2)}, "guidance_scales"),
+        ({"guidance_scales": (2, 7)}, "the pyramid has 6 scales"),
+        ({"temperature": (1.0, 0.0)}, "temperature"),
+        ({"temperature": (float("nan"), 1.0)}, "temperature"),
+        ({"min_p": 1.5}, "min_p=1.5"),
+    ],
+)
+def test_absurd_ways_of_drawing_are_refused(small, how, named):
+    with pytest.raises(ValueError, match=named):
+        generate(*small, LABELS, **how)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -6,26 +6,31 @@ import pickle
 import shutil
 import sys
 import tarfile
+from hashlib import sha256
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from commands import CLASSES, SMALL, assert_same_training, make_images, run_in_process, script
+import torch
+from commands import CLASSES, SMALL, ImageFlags, assert_same_training, make_images, run_in_process, script
 from hub_server import Hub
 from huggingface_hub import constants
 from PIL import Image
 
 import train
+from dist import Ranks
 from models.storage import read_description
 from utils.data.batches import val_batches
 from utils.data.hub_sets import Columns, read_hub_images, read_hub_set
-from utils.data.images import Images, read_folders
+from utils.data.images import Images, listing_hash, read_folders
 from utils.data.pictures import read_picture
-from utils.data.token_cache import listing_hash, read_manifest
+from utils.data.token_cache import read_manifest
 from utils.metrics.image_sets import open_images
 from utils.runs.checkpoints import checkpoints
+from utils.runs.listing import images_of
 
+WHITE = (255, 255, 255)
 SPLITS = {"train": "train", "val": "validation"}  # of a folder, and on the hub
 FEATURES = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))}
 KINDS = ("parquet", "tar", "saved")
@@ -142,9 +147,9 @@ def test_a_process_of_its_own_reads_the_same_rows(root):
     """Tables are handed to it as names of files, not as what is in them."""
     files, _ = read_hub_set(f"hf:{root / 'parquet'}")
     other = pickle.loads(pickle.dumps(files))
-    assert [row.read() for row in other.paths] == [row.read() for row in files.paths]
-    table_bytes = sum(len(row.read()) for row in files.paths)
-    assert len(pickle.dumps(files.paths)) < table_bytes
+    pixels = [[np.asarray(pictures.picture(row, WHITE)) for row in range(9)] for pictures in (files, other)]
+    assert np.array_equal(*pixels)
+    assert (root / "folder" / "train" / "cat" / "0.png").read_bytes() not in pickle.dumps(files)
     folder, _ = read_folders(root / "folder")
     pairs = [next(val_batches(Images(images, 16), 9, workers=1)) for images in (files, folder)]
     assert all(ours.equal(theirs) for ours, theirs in zip(*pairs, strict=True))
@@ -167,10 +172,9 @@ def test_pictures_are_read_as_from_files(tmp_path):
     datasets.Dataset.from_dict(contents).to_parquet(tmp_path / "table" / "train.parquet")
     rows = read_hub_images(f"hf:{tmp_path / 'table'}", "data")
     assert len(rows) == 3
-    for row, path in zip(rows, paths, strict=True):
-        ours, theirs = (np.asarray(read_picture(picture, (255, 0, 0))) for picture in (row, path))
-        assert np.array_equal(ours, theirs)
-    assert read_picture(rows[0]).size == (4, 12)
+    for row, path in enumerate(paths):
+        assert np.array_equal(np.asarray(rows.picture(row, (255, 0, 0))), np.asarray(read_picture(path, (255, 0, 0))))
+    assert rows.picture(0, WHITE).size == (4, 12)
 
 
 def test_a_broken_picture_is_named(root, tmp_path):
@@ -193,13 +197,62 @@ def test_a_broken_picture_is_named(root, tmp_path):
         list(open_images(f"{source}:train").batches(2))
 
 
+def test_bad_rows_are_left_out_and_keep_their_numbers(root, tmp_path):
+    """--skip_bad, as for folders: what is left out is noted by the rows of the data set, and rows after it keep their names."""
+    splits = dict(datasets.load_from_disk(root / "saved"))
+    images = splits["train"].cast_column("image", datasets.Image(decode=False))["image"][:]
+    images[4] = {"bytes": b"none", "path": "bad.png"}
+    features = datasets.Features(FEATURES | {"label": datasets.ClassLabel(names=[*CLASSES, "owl"])})  # of which there is none
+    splits = {
+        "train": datasets.Dataset.from_dict({"image": images, "label": splits["train"]["label"][:]}, features=features),
+        "validation": splits["validation"].cast(features),
+    }
+    source = write_parquet(tmp_path / "set", splits)
+    flags = ImageFlags(source)
+    ours, val, told = images_of(flags, Ranks(0, 1, torch.device("cpu")), tmp_path / "skipped.json")
+    assert (len(ours), len(val), ours.labels.tolist()) == (8, 3, [0, 0, 0, 1, 1, 2, 2, 2])
+    assert [ours.name(row).partition("row ")[2] for row in (3, 4)] == ["3 (0.png)", "5 (2.png)"]
+    assert told[0] == f"{source}: 9 images of 4 classes (split train), 3 held out (split validation)"
+    assert told[2].startswith(f"left out: {source}, split train, row 4 (bad.png): not a readable image")
+    assert list(json.loads((tmp_path / "skipped.json").read_text())["train"]) == ["4"]
+    whole, _ = read_hub_set(source)
+    listed = list(whole.listing())
+    assert list(ours.listing()) == listed[:4] + listed[5:]
+    assert np.array_equal(np.asarray(ours.picture(4, WHITE)), np.asarray(whole.picture(5, WHITE)))
+
+
+def test_a_share_of_the_rows_is_held_out(root, tmp_path):
+    """Where train is the only split: each row is in one of the parts, and the same ones wherever the set lies."""
+    source = without_val(root, tmp_path / "set")
+    whole, _ = read_hub_set(f"hf:{root / 'parquet'}")
+    parts = read_hub_set(source, val_share=0.3)
+    assert sorted(np.concatenate([part.rows for part in parts])) == list(range(9))
+    assert all(part.labels.tolist() == whole.labels[part.rows].tolist() for part in parts)
+    held_out = [int.from_bytes(sha256(str(row).encode()).digest()[:8], "big") < 0.3 * 2**64 for row in range(9)]
+    assert parts[1].rows.tolist() == np.flatnonzero(held_out).tolist()
+    with pytest.raises(ValueError, match="--val_share=0.001 holds out none of its images: give a larger share"):
+        read_hub_set(source, val_share=0.001)
+    with pytest.raises(ValueError, match="no images of class 'cat' left to train on, at this --val_share: give a smaller one"):
+        read_hub_set(source, val_share=0.99)
+    with pytest.raises(ValueError, match="--val_share=0.3, but it has the split validation: leave the flag out"):
+        read_hub_set(f"hf:{root / 'parquet'}", val_share=0.3)
+
+
+def test_only_folders_are_checked(command):
+    code, _, errors = command(script("check_data").main, "hf:me/set")
+    assert code == 1
+    assert errors == (
+        "command: error: hf:me/set: only folders are looked at here: train with --skip_bad, which names bad pictures\n"
+    )
+
+
 # --- which data sets ----------------------------------------------------------------------------------------------------
 
 
 def test_what_a_cache_is_of_does_not_depend_on_the_place(root, tokenizer, command, tmp_path):
     """Moved, it is resumed; with other pictures of the same number it is refused."""
     sources = [f"hf:{root / 'parquet'}", f"hf:{shutil.copytree(root / 'parquet', tmp_path / 'moved')}"]
-    hashes = {listing_hash(source, *read_hub_set(source)) for source in sources}
+    hashes = {listing_hash(*read_hub_set(source)) for source in sources}
     assert len(hashes) == 1
     words = ["--vae", tokenizer, "--out", tmp_path / "cache"]
     assert command(script("cache_tokens").main, *words, "--data_path", sources[0])[0] == 0
@@ -290,11 +343,11 @@ def test_columns_are_found_or_named(root, tmp_path):
     with pytest.raises(ValueError, match="has several columns of pictures among image .*: choose one by --image_column=image"):
         read_hub_set(source)
     with pytest.raises(ValueError, match="has several columns of labels among .*: choose one by --label_column=label"):
-        read_hub_set(source, Columns("crop"))
+        read_hub_set(source, columns=Columns("crop"))
     with pytest.raises(ValueError, match="--label_column=image: no such column of labels"):
-        read_hub_set(source, Columns("crop", "image"))
-    train_files, _ = read_hub_set(source, Columns("crop", "coarse"))
-    assert (train_files.class_names, train_files.labels) == (["animal"], [0] * 9)
+        read_hub_set(source, columns=Columns("crop", "image"))
+    train_files, _ = read_hub_set(source, columns=Columns("crop", "coarse"))
+    assert (train_files.class_names, train_files.labels.tolist()) == (["animal"], [0] * 9)
     with pytest.raises(ValueError, match="has the splits train, validation: name one of them"):
         read_hub_images(source)
 
@@ -354,7 +407,7 @@ def test_without_the_hub_the_copy_from_before_is_taken(hub, root, tmp_path, caps
     for path in target.glob("parquet-*"):
         path.rename(target / path.name.replace("parquet-", "known-", 1))
     files, _ = read_hub_set("hf:me/known")
-    assert [row.read() for row in files.paths] == [row.read() for row in read_hub_set(f"hf:{root / 'parquet'}")[0].paths]
+    assert list(files.listing()) == list(read_hub_set(f"hf:{root / 'parquet'}")[0].listing())
     assert "me/known: the hub is out of reach" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="copies do not say of which revision they are"):
         read_hub_set("hf:me/known@v1")

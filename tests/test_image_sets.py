@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data.images import ImageFiles, Images
+from utils.data.images import ImageFiles, Images, Names
 from utils.metrics.image_sets import (
     FittedImages,
     Gaussian,
@@ -319,7 +319,7 @@ def test_images_are_resized_and_cut_as_for_training(tmp_path):
     images = random_images(3, height=40, width=30)
     names = ["train/a/0.png", "train/a/1.png", "train/a/2.png"]
     folder = save_pictures(tmp_path / "set", images, names)
-    files = ImageFiles([str(folder / name) for name in names], [0, 0, 0], ["a"])
+    files = ImageFiles(str(folder), Names.of(names), np.zeros(3, np.int64), ["a"])
     dataset = Images(files, pixels=16, resize=1)
     expected = [((dataset[i, i][0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for i in range(3)]
     np.savez(tmp_path / "a.npz", arr_0=images)

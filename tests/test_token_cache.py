@@ -121,9 +121,9 @@ def test_cached_tokens_are_those_of_the_tokenizer(cache, images, tokenizer):
     for split, files in (("train", train_files), ("val", val_files)):
         stored = TokenCache(directory, split)
         tokens, labels = stored.gather(np.arange(len(stored)))
-        pixels = torch.stack([Images(files, 16)[(i, i)][0] for i in range(len(files.paths))])
+        pixels = torch.stack([Images(files, 16)[(i, i)][0] for i in range(len(files))])
         assert torch.equal(tokens.long(), torch.cat(model.encode(pixels), dim=1))
-        assert labels.tolist() == files.labels
+        assert labels.tolist() == files.labels.tolist()
         assert (tokens.dtype, labels.dtype) == (torch.uint16, torch.int64)
 
 

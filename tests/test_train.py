@@ -1,5 +1,6 @@
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,3 +265,111 @@ def test_help_explains_every_flag(command):
     code, output, _ = command("--help")
     assert code == 0
     assert "peak learning rate per 256 images" in " ".join(output.split())
+
+
+# --- from other weights -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained_var(images, tokenizer, tmp_path_factory):
+    """A VAR of two steps, whose classes have names."""
+    run = tmp_path_factory.mktemp("var")
+    words = [*SMALL, "--family=var", "--max_steps=2", "--vae", tokenizer, "--data_path", images, "--local_out_dir_path", run]
+    config = cli.parse(TrainConfig, "", list(map(str, words)))
+    train.build_trainer(config, Ranks(0, 1, torch.device("cpu"))).fit()
+    return run
+
+
+def test_a_run_starts_from_weights_of_another_kind_and_goes_on_without_them(trained_var, images, tokenizer, tmp_path, command):
+    run = tmp_path / "run"
+    words = [*SMALL, "--vae", tokenizer, "--data_path", images, "--local_out_dir_path", run, "--init_from"]
+    code, out, errors = command(*words, trained_var, "--max_steps=1", "--alng=0")
+    assert code == 0, errors
+    for part in ("class embedding", "attention", "mamba2", "modulation"):
+        assert part in out
+    assert "new, of new mixers" in out
+    # one step of a small rate later it still is what it came from, but for that step
+    ours, theirs = load_transformer(run, ema=False), load_transformer(trained_var)
+    assert (ours.head.weight - theirs.head.weight).abs().max() < 1e-3
+    # resumed, it does not need the file any more
+    code, out, errors = command(*words, tmp_path / "gone", "--max_steps=2", "--alng=0")
+    assert code == 0, errors
+    assert "resuming at step 1" in out
+    assert "mamba2" not in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--depth=3"], "depth 2, not 3 (give --depth=2)"),
+        (["--width=128"], "width 64, not 128 (give --width=64)"),
+        (["--saln=1"], "shared modulation False, not True (give --saln=False)"),
+    ],
+)
+def test_weights_of_another_shape_are_refused(flags, message, trained_var, images, tokenizer, tmp_path, command):
+    run = ["--vae", tokenizer, "--data_path", images, "--local_out_dir_path", tmp_path / "run", "--init_from", trained_var]
+    code, _, errors = command(*SMALL, *run, *flags)
+    assert_refused(code, errors, message)
+
+
+def class_margin(run: Path, task) -> float:
+    """How much likelier training images are under their own label than under the others, mean log-likelihood of an image."""
+    transformer, images = load_transformer(run, ema=False), task.data.train
+    pixels, labels = zip(*(images[0, index] for index in range(len(images))), strict=True)
+    labels, indices = torch.tensor(labels), task.tokenizer.encode(torch.stack(pixels))
+    targets, inputs = torch.cat(indices, dim=1), task.tokenizer.teacher_inputs(indices)
+
+    def likelihood(labels):
+        with torch.no_grad():
+            logits = transformer(labels, inputs).log_softmax(dim=-1)
+        return logits.gather(-1, targets[..., None]).sum(dim=(1, 2))
+
+    others = [likelihood((labels + shift) % 3) for shift in (1, 2)]
+    return (likelihood(labels) - sum(others) / 2).mean().item()
+
+
+def test_the_alignment_makes_images_likelier_under_their_own_class_than_under_others(images, tokenizer, tmp_path):
+    common = [*SMALL, "--family=var", "--vae", tokenizer, "--data_path", images]
+    align = ["--objective=cca", "--tblr=0.1", "--class_dropout=0", "--drop_path=0", "--cca_weight=1", "--ep=40"]
+    align += ["--save_every=50", "--val_every=100", "--local_out_dir_path", tmp_path / "aligned"]
+
+    def fit(*words):
+        config = cli.parse(TrainConfig, "", [str(word) for word in (*common, *words)])
+        trainer = train.build_trainer(config, Ranks(0, 1, torch.device("cpu")))
+        trainer.fit()
+        return trainer.task
+
+    # a model in which the class matters from the start
+    fit("--alng=1", "--hd=1", "--max_steps=2", "--local_out_dir_path", tmp_path / "start")
+    task = fit(*align, "--init_from", tmp_path / "start", "--max_steps=100")
+    first = read_metrics(tmp_path / "aligned")[0]
+    assert first["likelihood_gain"] == pytest.approx(0, abs=1e-3)
+    assert first["likelihood_gain_of_others"] == pytest.approx(0, abs=1e-3)
+    assert class_margin(tmp_path / "aligned", task) > class_margin(tmp_path / "start", task) + 0.2
+    # the reference of a resumed run is the start, not where the run has come to
+    with pytest.raises(ValueError, match="was begun from other weights"):
+        fit(*align, "--init_from", tmp_path / "aligned", "--max_steps=110")
+
+
+def test_a_resumed_alignment_is_the_uninterrupted_one(trained_var, images, tokenizer, tmp_path, command):
+    words = [*SMALL, "--objective=cca", "--vae", tokenizer, "--data_path", images, "--init_from", trained_var, "--ac=2"]
+    words += ["--ep=20", "--wp0=1", "--wpe=1"]  # the same rate at every step, however many there are
+    for name, stops in (("whole", [4]), ("parts", [2, 4])):
+        for stop in stops:
+            code, _, errors = command(*words, "--local_out_dir_path", tmp_path / name, f"--max_steps={stop}")
+            assert code == 0, errors
+    whole, parts = (load_transformer(tmp_path / name, ema=False).state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--objective=cca"], "--objective=cca: starts from a trained transformer: give --init_from"),
+        (["--objective=cca", "--init_from=x", "--pg=0.5"], "leave out --pg"),
+        (["--objective=cca", "--init_from=x", "--cca_beta=0"], "--cca_beta=0.0: give a number above 0"),
+    ],
+)
+def test_an_alignment_that_cannot_be_is_refused(flags, message, command):
+    code, _, errors = command(*SMALL, *flags)
+    assert_refused(code, errors, message)

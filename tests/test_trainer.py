@@ -14,6 +14,7 @@ from models.transformer import ScaleTransformer
 from trainer import Trainer
 from utils.checkpoint import load_tokenizer, load_transformer
 from utils.data.batches import TrainOrder
+from utils.data.images import read_folders
 from utils.runs.checkpoints import checkpoints
 from utils.runs.config import TrainConfig
 from utils.runs.log import read_metrics
@@ -28,7 +29,7 @@ def small_trainer(images, tokenizer, run, **changes) -> Trainer:
     torch.manual_seed(0)
     transformer = ScaleTransformer(config.transformer_config(model, 3))
     transformer.init_weights(config.alng, config.aln, config.hd)
-    data, ranks = train.build_data(config, model), Ranks(0, 1, torch.device("cpu"))
+    data, ranks = train.build_data(config, model, read_folders(config.data_path)), Ranks(0, 1, torch.device("cpu"))
     return Trainer(
         train.NextScalePrediction(config, transformer, model, data, ranks), train.run_config(config, data.size), ranks
     )

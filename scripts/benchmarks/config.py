@@ -14,9 +14,10 @@ PIXELS, NUM_CLASSES = 256, 1000
 IMAGENET_IMAGES = 1_281_167
 BATCHES_PER_REPEAT = 20  # of the command `tokens`
 # What all commands take where a flag is not given, and what some take in its place.
-COMMON = {"family": "mvar,var,markov", "depth": "12", "batch": 1, "pn": "256"}
+COMMON = {"family": "mvar,var,markov", "depth": "12", "batch": 1, "pn": "256", "rows": 1 << 17}
 DEFAULTS: dict[str, dict] = {
     "tokens": {"batch": 768},
+    "listing": {"rows": IMAGENET_IMAGES},
     "memory": {"depth": "12,16,20,24,30,32"},
     "sampling": {"batch": 4},
     "peer": {"depth": "12,16"},
@@ -54,7 +55,8 @@ class BenchmarkConfig:
     threads: str = flag("1,2", "peer: numbers of threads, comma-separated")
     presets: str = flag("f8-32", "tokenizer: presets, comma-separated")
     checkout: str = flag("", "peer: directory of a checkout of FoundationVision/VAR")
-    rows: int = flag(1 << 17, "tokens: images in the cache that is made for it")
+    rows: int | None = flag(None, "tokens, listing: images in the cache, or the folder, that is made for it")
+    workers: int = flag(10, "listing: processes that the names are shared with")
     repeats: int = flag(7, f"the median of so many measurements, tokens: of {BATCHES_PER_REPEAT} batches")
     json: str = flag("", "file to store the figures in, with command, machine, versions and commit")
     overwrite: bool = flag(False, "replace what is at --json")
@@ -73,7 +75,7 @@ class BenchmarkConfig:
                 raise ValueError(f"--{name}={getattr(self, name)}: give numbers such as {getattr(BenchmarkConfig, name)}")
         if unknown := sorted(set(self.presets.split(",")) - set(TOKENIZER_PRESETS)):
             raise ValueError(f"--presets={self.presets}: no {', '.join(unknown)}: give some of {','.join(TOKENIZER_PRESETS)}")
-        for name in ("batch", "rows", "repeats"):
+        for name in ("batch", "rows", "repeats", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)}: give at least 1")
         if not set(self.tfast.split(",")) <= set("0123"):

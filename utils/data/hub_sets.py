@@ -8,16 +8,19 @@ but a path to somewhere else is not opened.
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from huggingface_hub import HfApi, errors
+from PIL import Image
 
 from models.hub import HUB_ERRORS, LOG_IN, HubName
 from models.storage import first_line
-from utils.data.images import ImageFiles
+from utils.data.layouts import is_held_out
+from utils.data.pictures import read_picture
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,6 +37,7 @@ LABELS = ("label", "labels", "class", "cls")
 SAVED = ("dataset_dict.json", "state.json")  # written by save_to_disk, of several splits and of one
 INSTALL = "pip install --upgrade datasets"
 LONGEST_REASON = 300  # letters
+LARGEST = np.iinfo(np.int64).max  # label
 PATIENCE = 10.0  # seconds for the hub's first answer
 
 
@@ -73,52 +77,55 @@ class SetName(NamedTuple):
         return os.path.isabs(self.place)
 
 
-class Row(NamedTuple):
-    """One picture of a split; as str what messages call it."""
-
-    rows: "Rows"
-    index: int
-
-    def read(self) -> bytes:
-        """ValueError where the data set has no bytes for it."""
-        value = self._value()
-        if not value or value["bytes"] is None:
-            raise ValueError("the data set holds no bytes of it")
-        return value["bytes"]
-
-    def __str__(self) -> str:
-        name = (self._value() or {}).get("path")
-        return f"{self.rows.title}, row {self.index}{f' ({name})' if name else ''}"
-
-    def _value(self) -> dict[str, Any] | None:
-        return self.rows.dataset[self.index][self.rows.column]
-
-
 @dataclass(frozen=True)
-class Rows(Sequence):
-    """The pictures of a split in the order of its rows; title: what messages call the split."""
+class HubImages:
+    """Pictures of a split, or some of them, in the order of its rows: `Pictures` (images.py).
 
-    title: str
+    rows: (N,) int64, their numbers in the split, by which messages call them; labels: (N,) int64.
+    """
+
+    root: str
+    layout: str
     dataset: "Dataset"  # of this column alone, not decoded
     column: str
+    rows: np.ndarray
+    labels: np.ndarray
+    class_names: list[str]
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.rows)
 
-    def __getitem__(self, index: int) -> Row:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.title}: has no row {index}")
-        return Row(self, int(index))
+    def name(self, index: int) -> str:
+        return self._called(index, self._value(index))
+
+    def picture(self, index: int, background: tuple[int, int, int]) -> Image.Image:
+        value = self._value(index)
+        name, contents = self._called(index, value), value.get("bytes")
+        if contents is None:
+            raise ValueError(f"{name}: not a readable image (the data set holds no bytes of it): repair or remove it")
+        return read_picture(name, background, contents)
 
     def listing(self) -> Iterator[str]:
         """The name of every picture and how many bytes it has, without reading these."""
         import pyarrow.compute as compute
 
+        entries: list[str] = []
         for table in self.dataset.with_format("arrow").iter(1000):
             pictures = table.column(self.column)
             names, contents = (compute.struct_field(pictures, part) for part in ("path", "bytes"))
-            for name, length in zip(names.to_pylist(), compute.binary_length(contents).to_pylist(), strict=True):
-                yield f"{name} {length}"
+            lengths = compute.binary_length(contents)
+            entries += [f"{name} {length}" for name, length in zip(names.to_pylist(), lengths.to_pylist(), strict=True)]
+        return (entries[row] for row in self.rows)
+
+    def take(self, rows: np.ndarray) -> "HubImages":
+        return replace(self, rows=self.rows[rows], labels=self.labels[rows])
+
+    def _value(self, index: int) -> dict[str, Any]:
+        return self.dataset[int(self.rows[index])][self.column] or {}
+
+    def _called(self, index: int, value: dict[str, Any]) -> str:
+        inside = f" ({value['path']})" if value.get("path") else ""
+        return f"{self.root}, {self.layout}, row {self.rows[index]}{inside}"
 
 
 def is_hub_set(source: str | Path) -> bool:
@@ -138,8 +145,8 @@ def check_hub_set(source: str) -> SetName:
     return name
 
 
-def read_hub_set(source: str, columns: Columns = FOUND_BY_TYPE) -> tuple[ImageFiles, ImageFiles]:
-    """The splits train and validation (else val, else test) of a data set.
+def read_hub_set(source: str, val_share: float = 0.0, columns: Columns = FOUND_BY_TYPE) -> tuple[HubImages, HubImages]:
+    """The splits train and validation (else val, else test) of a data set; val_share: held out of train where it has but that.
 
     Classes are those that the label column names, else its integers 0, 1, ... as words. FileNotFoundError where there is no
     such data set, ValueError where it lacks a split, a column, a picture or a label, or cannot be read.
@@ -149,31 +156,21 @@ def read_hub_set(source: str, columns: Columns = FOUND_BY_TYPE) -> tuple[ImageFi
         raise ValueError(f"{source}: training takes two splits, train and validation: leave :{name.split} out")
     splits = _load(source, name)
     held_out = next((split for split in HELD_OUT if split in splits), None)
-    if "train" not in splits or held_out is None:
+    if held_out and val_share:
+        raise ValueError(f"{source}: --val_share={val_share:g}, but it has the split {held_out}: leave the flag out")
+    if "train" not in splits or not (held_out or val_share):
         raise ValueError(
-            f"{source}: has the splits {', '.join(splits)}, but train is needed, and validation, val or test: "
-            "name the files so, as in train-0.parquet and validation-0.parquet"
+            f"{source}: has the splits {', '.join(splits)}, but train is needed, and validation, val or test: name the files "
+            "so, as in train-0.parquet and validation-0.parquet, or give --val_share=0.02 to hold out some of train"
         )
-    train, val = (_rows(source, split, splits[split], columns.image) for split in ("train", held_out))
-    train_names, train_labels = _labels(train.title, splits["train"], columns.label)
-    val_names, val_labels = _labels(val.title, splits[held_out], columns.label)
-    if train_names is not None and val_names not in (None, train_names):
-        raise ValueError(f"{val.title}: names its classes otherwise than the split train: give both the same names")
-    if train_names is None and max(train_labels) >= len(train_labels):
-        raise ValueError(
-            f"{train.title}: label {max(train_labels)} in {len(train_labels)} rows: classes are numbered from 0 on: "
-            "number them anew, or give another --label_column"
-        )
-    names = [str(label) for label in range(max(train_labels) + 1)] if train_names is None else train_names
-    for rows, labels in ((train, train_labels), (val, val_labels)):
-        wrong = next((row for row, label in enumerate(labels) if label >= len(names)), None)
-        if wrong is not None:
-            raise ValueError(f"{rows[wrong]}: label {labels[wrong]} of {len(names)} classes: mend it, or remove the row")
-    return ImageFiles(train, train_labels, names), ImageFiles(val, val_labels, names)
+    train = _labelled(source, "train", splits["train"], columns)
+    if held_out is None:
+        return _held_out(train, val_share)
+    return train, _labelled(source, held_out, splits[held_out], columns, train.class_names)
 
 
-def read_hub_images(source: str, image_column: str = "") -> Rows:
-    """The pictures of one split, the one that the source names or the only one. Errors as above."""
+def read_hub_images(source: str, image_column: str = "") -> HubImages:
+    """The pictures of one split, the one that the source names or the only one, as if of one class. Errors as above."""
     name = check_hub_set(source)
     splits = _load(source, name)
     split = name.split or next(iter(splits))
@@ -181,7 +178,23 @@ def read_hub_images(source: str, image_column: str = "") -> Rows:
         example = next((split for split in HELD_OUT if split in splits), next(iter(splits)))
         wanted = f"no split {name.split}, but" if name.split else "the splits"
         raise ValueError(f"{source}: has {wanted} {', '.join(splits)}: name one of them, as in {PREFIX}...:{example}")
-    return _rows(source, split, splits[split], image_column)
+    return _pictures(source.removesuffix(f":{split}"), split, splits[split], image_column)
+
+
+def _held_out(pictures: HubImages, share: float) -> tuple[HubImages, HubImages]:
+    """Two parts, by a rule that depends on the numbers of rows alone. ValueError where one of them lacks what it needs."""
+    chosen = np.array([is_held_out(str(row), share) for row in pictures.rows])
+    layout = f"{pictures.layout}, {share:.3g} of it by a hash of row numbers"
+    train, val = pictures.take(np.flatnonzero(~chosen)), pictures.take(np.flatnonzero(chosen))
+    emptied = np.setdiff1d(pictures.labels, train.labels)
+    if len(emptied):
+        label = pictures.class_names[emptied[0]]
+        raise ValueError(
+            f"{pictures.root}: no images of class {label!r} left to train on, at this --val_share: give a smaller one"
+        )
+    if not len(val):
+        raise ValueError(f"{pictures.root}: --val_share={share:g} holds out none of its images: give a larger share")
+    return train, replace(val, layout=layout)
 
 
 # --- with the package ---------------------------------------------------------------------------------------------------
@@ -272,11 +285,11 @@ def _complaint(source: str, name: SetName, error: Exception) -> Exception:
     return FileNotFoundError(f"{source}: no such directory, and not to be had from the hub ({reason}): {mend}")
 
 
-def _rows(source: str, split: str, dataset: "Dataset", wanted: str) -> Rows:
-    """The pictures of a split. ValueError where there are none, or it is not clear in which column."""
+def _pictures(source: str, split: str, dataset: "Dataset", wanted: str) -> HubImages:
+    """Of a split, all labelled 0. ValueError where there are none, or it is not clear in which column."""
     from datasets import Image, Value
 
-    title = f"{source.removesuffix(f':{split}')}, split {split}"
+    title = f"{source}, split {split}"
     if not len(dataset):
         raise ValueError(f"{title}: has no rows: give one that has")
     features = dataset.features
@@ -285,11 +298,36 @@ def _rows(source: str, split: str, dataset: "Dataset", wanted: str) -> Rows:
     if len(found) != 1 or found[0] not in features or features[found[0]] not in stored:
         raise ValueError(f"{title}: {_choice('pictures', '--image_column', found, features)}")
     (column,) = found
-    return Rows(title, dataset.select_columns([column]).cast_column(column, Image(decode=False)), column)
+    raw = dataset.select_columns([column]).cast_column(column, Image(decode=False))
+    rows = np.arange(len(dataset))
+    return HubImages(source, f"split {split}", raw, column, rows, np.zeros_like(rows), [""])
 
 
-def _labels(title: str, dataset: "Dataset", wanted: str) -> tuple[list[str] | None, list[int]]:
-    """Names of the classes, where the column has them, and the label of every row, 0 or more."""
+def _labelled(source: str, split: str, dataset: "Dataset", columns: Columns, expected: list[str] | None = None) -> HubImages:
+    """A split with its labels. expected: names of the classes, None: not known yet. ValueError where labels do not fit them."""
+    pictures = _pictures(source, split, dataset, columns.image)
+    title = f"{source}, split {split}"
+    names, labels = _labels(title, dataset, columns.label)
+    if names is None and expected is None:
+        if labels.max() >= len(labels):
+            raise ValueError(
+                f"{title}: label {labels.max()} in {len(labels)} rows: classes are numbered from 0 on: "
+                "number them anew, or give another --label_column"
+            )
+        names = [str(label) for label in range(labels.max() + 1)]
+    if None not in (names, expected) and names != expected:
+        raise ValueError(f"{title}: names its classes otherwise than the split train: give both the same names")
+    names = names or expected
+    wrong = np.flatnonzero(labels >= len(names))
+    if len(wrong):
+        raise ValueError(
+            f"{pictures.name(wrong[0])}: label {labels[wrong[0]]} of {len(names)} classes: mend it, or remove the row"
+        )
+    return replace(pictures, labels=labels, class_names=names)
+
+
+def _labels(title: str, dataset: "Dataset", wanted: str) -> tuple[list[str] | None, np.ndarray]:
+    """Names of the classes, where the column has them, and the label of every row, (N,) int64, 0 or more."""
     from datasets import ClassLabel, Value
 
     features = dataset.features
@@ -300,10 +338,10 @@ def _labels(title: str, dataset: "Dataset", wanted: str) -> tuple[list[str] | No
         raise ValueError(f"{title}: {_choice('labels', '--label_column', found, features)}")
     (column,) = found
     labels = dataset.select_columns([column])[:][column]
-    wrong = next((row for row, label in enumerate(labels) if label is None or label < 0), None)
+    wrong = next((row for row, label in enumerate(labels) if label is None or not 0 <= label <= LARGEST), None)
     if wrong is not None:
         raise ValueError(f"{title}, row {wrong}: has the label {labels[wrong]}: mend it, or give a split or set with labels")
-    return features[column].names if column in named else None, labels
+    return features[column].names if column in named else None, np.array(labels, np.int64)
 
 
 def _choice(what: str, flag: str, found: list[str], features: dict) -> str:

@@ -5,8 +5,9 @@ A picture is upright as its EXIF data say, has 8 bits per channel, 16 are scaled
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
@@ -15,16 +16,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS as EXTENSIONS
 WHITE = "white"
 BACKGROUND_HELP = "colour of what shows through where pictures are transparent: a name, or #rrggbb"
 # Made by systems and storage devices beside people's own files, and often full of thumbnails.
-SYSTEM_FOLDERS = {"@eadir", "#recycle", "__macosx", "$recycle.bin", "system volume information", "lost+found"}
-SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini"}
+OF_SYSTEMS = {"@eadir", "#recycle", "__macosx", "$recycle.bin", "system volume information", "lost+found"}
+OF_SYSTEMS |= {"thumbs.db", "ehthumbs.db", "desktop.ini"}
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
-
-
-class Stored(Protocol):
-    """A picture that is no file of its own, but lies in one with others; as str what messages call it."""
-
-    def read(self) -> bytes: ...
 
 
 class Found(NamedTuple):
@@ -35,10 +30,14 @@ class Found(NamedTuple):
     passed_over: list[str]  # hidden, or of systems; of folders the folder alone
 
 
-def find_pictures(folder: str | Path) -> Found:
+def uncounted() -> None:
+    """Nobody wants to know."""
+
+
+def find_pictures(folder: str | Path, below: str = "", seen: Callable[[], object] = uncounted) -> Found:
     """All files of a folder and the folders in it, links followed; hidden ones and those of systems are passed over.
 
-    ValueError for a folder that is linked into itself.
+    below: put before every path. seen: called for each picture. ValueError for a folder that is linked into itself.
     """
     pictures: list[str] = []
     strangers: list[str] = []
@@ -56,40 +55,17 @@ def find_pictures(folder: str | Path) -> Found:
                     scan(entry.path, f"{prefix}{entry.name}/", around | {place})
                 elif entry.name.lower().endswith(EXTENSIONS):
                     pictures.append(prefix + entry.name)
+                    seen()
                 else:
                     strangers.append(prefix + entry.name)
 
-    scan(os.fspath(folder), "", frozenset())
+    scan(os.fspath(folder), below, frozenset())
     return Found(sorted(pictures), sorted(strangers), sorted(passed_over))
-
-
-class Listing(NamedTuple):
-    """What lies in a folder of class folders, by name alone."""
-
-    classes: dict[str, Found]  # by the folders' names, in their order, which is that of the labels
-    loose: list[str]  # pictures beside the class folders
-    strangers: list[str]  # other files there
-    passed_over: list[str]  # hidden, or of systems, there
-
-
-def list_classes(folder: str | Path) -> Listing:
-    """Of train/ or val/. ValueError as for `find_pictures`."""
-    listing = Listing({}, [], [], [])
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if is_of_a_system(entry.name):
-            listing.passed_over.append(entry.name)
-        elif entry.is_dir():
-            listing.classes[entry.name] = find_pictures(entry.path)
-        elif entry.name.lower().endswith(EXTENSIONS):
-            listing.loose.append(entry.name)
-        else:
-            listing.strangers.append(entry.name)
-    return listing
 
 
 def is_of_a_system(name: str) -> bool:
     """Whether a file or folder of this name is hidden or was made by a system, and is no data."""
-    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS | SYSTEM_FILES
+    return name.startswith(".") or name.lower() in OF_SYSTEMS
 
 
 def background_colour(name: str) -> tuple[int, int, int]:
@@ -100,14 +76,16 @@ def background_colour(name: str) -> tuple[int, int, int]:
         raise ValueError(f"--background={name}: no colour: give a name such as white, or #rrggbb") from error
 
 
-def read_picture(path: str | Path | Stored, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+def read_picture(
+    path: str | Path, background: tuple[int, int, int] = (255, 255, 255), contents: bytes | None = None
+) -> Image.Image:
     """The first picture of a file, RGB. background: what shows through where it is transparent.
 
-    ValueError, in one line that names the file, where it cannot be read or its values have no known range.
+    contents: of a picture that lies in a file with others; path is then what messages call it. ValueError, in one line that
+    names the file, where it cannot be read or its values have no known range.
     """
-    source = None
+    source = str(path) if contents is None else io.BytesIO(contents)
     try:
-        source = str(path) if isinstance(path, (str, Path)) else io.BytesIO(path.read())
         with Image.open(source) as file:
             check_range(file)
             transparency = file.info.get("transparency")

@@ -1,4 +1,4 @@
-"""Where a run's batches come from: folders or data sets of images, or tokens that were made of them beforehand."""
+"""Where a run's batches come from: folders of images, or tokens that were made of them beforehand."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +9,7 @@ from torch import Tensor
 from models.pyramid import Pyramid
 from models.tokenizer import VQVAE
 from utils.data.batches import TrainOrder, train_batches, val_batches
-from utils.data.hub_sets import FOUND_BY_TYPE, Columns, check_hub_set, is_hub_set, read_hub_set
-from utils.data.images import ImageFiles, Images, check_root, read_folders
+from utils.data.images import Images, Pictures
 from utils.data.token_cache import TokenCache, check_cache
 
 
@@ -28,46 +27,21 @@ class Data(Protocol):
     def val_batches(self, batch: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
-def check_images(source: str, columns: Columns = FOUND_BY_TYPE) -> None:
-    """A cheap look at --data_path, a folder or hf:..., before anything slow is loaded. Errors as in `read_images`."""
-    if is_hub_set(source):
-        check_hub_set(source)
-    elif any(columns):
-        raise ValueError(f"--data_path={source}: a folder has no columns: leave --image_column and --label_column out")
-    else:
-        check_root(source)
-
-
-def read_images(source: str | Path, columns: Columns = FOUND_BY_TYPE) -> tuple[ImageFiles, ImageFiles]:
-    """Images to train on and held-out ones, of a folder (`read_folders`) or of a data set (`read_hub_set`)."""
-    check_images(str(source), columns)
-    return read_hub_set(str(source), columns) if is_hub_set(source) else read_folders(source)
-
-
 class FolderData:
-    """Images from folders or a data set, to be encoded by a tokenizer as they come.
+    """Images from folders, to be encoded by a tokenizer as they come.
 
-    root: directory with train/ and val/, or hf:...; pixels: their final side; resize: they are resized to this times it, then
-    cropped, of the training half at random; flip: half of these are mirrored; workers: processes that load them; background:
-    what shows through transparent ones; columns: of a data set.
+    train, val: where they are; pixels: their final side; resize: they are resized to this times it, then cropped, of
+    the training half at random; flip: half of these are mirrored; workers: processes that load them; background: what shows
+    through transparent ones.
     """
 
     views = 1
     mend = "give more --workers, or let a transformer train on tokens made once (scripts/cache_tokens.py)"
 
     def __init__(
-        self,
-        root: str | Path,
-        pixels: int,
-        resize: float,
-        flip: bool,
-        seed: int,
-        workers: int,
-        background: str,
-        columns: Columns = FOUND_BY_TYPE,
+        self, train: Pictures, val: Pictures, pixels: int, resize: float, flip: bool, seed: int, workers: int, background: str
     ):
-        train, val = read_images(root, columns)
-        self.class_names, self.size, self.val_size = train.class_names, len(train.paths), len(val.paths)
+        self.class_names, self.size, self.val_size = train.class_names, len(train), len(val)
         self.pixels, self.resize, self.workers = pixels, resize, workers
         self.train = Images(train, pixels, resize, augment=True, flip=flip, seed=seed, background=background)
         self.val = Images(val, pixels, resize, background=background)

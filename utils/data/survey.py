@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from PIL import ExifTags, Image
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from utils.data.pictures import WITH_ALPHA, list_classes, read_picture
+from utils.data.images import Pictures
+from utils.data.layouts import list_splits
+from utils.data.pictures import WITH_ALPHA, read_picture
 
 AT_ONCE = 64  # pictures that a process is given
 
@@ -37,16 +42,33 @@ class Picture(NamedTuple):
 
 @dataclass
 class Split:
-    """What was found in train/ or val/: pictures by class, and names below the folder that are something else."""
+    """What was found of a split: pictures by class, and names below the root that are something else."""
 
+    layout: str  # in words
     classes: dict[str, list[Picture]]
-    strangers: list[str]  # files of other kinds, beside the class folders and in them
+    strangers: list[str]  # files of other kinds in the class folders
+    beside: list[str]  # such files beside them
     loose: list[str]  # pictures beside the class folders
     passed_over: list[str]  # hidden files and folders, and those of systems
 
     @property
     def pictures(self) -> list[Picture]:
         return [picture for pictures in self.classes.values() for picture in pictures]
+
+
+class Unreadable(Dataset):
+    """Of pictures asked for by (position, number): whether one cannot be read as training reads it, () bool, and its number."""
+
+    def __init__(self, pictures: Pictures, background: tuple[int, int, int]):
+        self.pictures, self.background = pictures, background
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        _, number = item
+        try:
+            self.pictures.picture(number, self.background)
+        except ValueError:
+            return torch.tensor(True), number
+        return torch.tensor(False), number
 
 
 def look(path: str) -> Picture:
@@ -66,22 +88,21 @@ def look(path: str) -> Picture:
     return Picture(path, "", upright.size, mode, is_transparent, is_turned, digest)
 
 
-def list_folder(root: Path, names: tuple[str, ...]) -> tuple[dict[str, Split], list[Place]]:
-    """The splits of these names that there are, without their pictures, and where those are.
+def list_folder(root: Path, val_share: float = 0.0) -> tuple[dict[str, Split], list[Place]]:
+    """The splits that there are, without their pictures, and where those are.
 
-    ValueError for folders that are linked into themselves.
+    val_share: as for training. ValueError where nothing says of which classes pictures are, and for folders that are linked
+    into themselves.
     """
     splits, places = {}, []
-    for name in names:
-        if not (root / name).is_dir():
-            continue
-        listing = list_classes(root / name)
-        split = splits[name] = Split({}, listing.strangers, listing.loose, listing.passed_over)
-        for label, found in listing.classes.items():
+    for name, listing in list_splits(root, val_share).items():
+        found = listing.classes
+        split = splits[name] = Split(listing.layout, {}, [], listing.strangers, listing.loose, [*listing.passed_over])
+        for label in found:
             split.classes[label] = []
-            split.strangers += [f"{label}/{stranger}" for stranger in found.strangers]
-            split.passed_over += [f"{label}/{hidden}" for hidden in found.passed_over]
-            places += [Place(name, label, str(root / name / label / picture)) for picture in found.pictures]
+            split.strangers += found[label].strangers
+            split.passed_over += found[label].passed_over
+            places += [Place(name, label, str(root / picture)) for picture in found[label].pictures]
     return splits, places
 
 
@@ -107,8 +128,8 @@ def reasons_to_stop(splits: dict[str, Split]) -> list[str]:
     for name, split in splits.items():
         if not split.classes:
             lines.append(f"{name}/ has no class folders")
-        lines += [f"{name}/{picture} lies beside the class folders" for picture in split.loose]
-        lines += [f"{name}/{stranger} is no image file" for stranger in split.strangers if "/" in stranger]
+        lines += [f"{picture} lies beside the class folders" for picture in split.loose]
+        lines += [f"{stranger} is no image file" for stranger in split.strangers]
         lines += [f"{name}/{label} holds no images" for label, pictures in split.classes.items() if not pictures]
         lines += [picture.error for picture in split.pictures if picture.error]
     if {"train", "val"} <= splits.keys():

@@ -6,7 +6,6 @@ in the making has plan.json instead. ImageNet's 1,281,167 images x 680 tokens x 
 transformer's inputs are rebuilt from the tokens on the device.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -22,8 +21,6 @@ from models.pyramid import Pyramid
 from models.storage import from_dict, weights_hash
 from models.tokenizer import TOKEN_PARTS, VQVAE
 from utils.data.batches import TrainOrder, in_order
-from utils.data.hub_sets import Rows
-from utils.data.images import ImageFiles
 from utils.data.pictures import WHITE
 from utils.files import replace_text, sha256
 
@@ -140,21 +137,6 @@ def check_trained_on(known: str | None, tokenizer: VQVAE, checkpoint: str | Path
 
 def _lookup(tokenizer: VQVAE) -> str:
     return f"normalize_lookup={tokenizer.config.normalize_lookup}"
-
-
-def listing_hash(root: str | Path, train: ImageFiles, val: ImageFiles) -> str:
-    """SHA-256 over the file names below `root` and their labels, in the order of the rows.
-
-    Pictures of a data set have no files: their names and sizes there count, wherever it lies.
-    """
-    digest = hashlib.sha256()
-    for split, files in zip(SPLITS, (train, val), strict=True):
-        folder = str(Path(root) / split)
-        in_set = isinstance(files.paths, Rows)
-        names = files.paths.listing() if in_set else (path.removeprefix(folder) for path in files.paths)
-        for name, label in zip(names, files.labels, strict=True):
-            digest.update(f"{split}{name}\n{label}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
 
 
 # --- writing ------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from utils.data.hub_sets import is_hub_set, read_hub_images
-from utils.data.pictures import EXTENSIONS, WHITE, Stored, background_colour, find_pictures, read_picture
+from utils.data.images import ImageFiles, Names, Pictures
+from utils.data.pictures import EXTENSIONS, WHITE, background_colour, find_pictures
 
 ORIGIN = ("extractor", "fingerprint", "count", "height", "width")  # of statistics: what they are of
 READERS = min(os.cpu_count() or 1, 8)  # threads that decode pictures
@@ -104,7 +105,7 @@ class FolderImages(_InBatches):
     """
 
     source: str
-    paths: Sequence[Path | Stored]
+    files: Pictures  # their labels are of no account
     height: int
     width: int
     background: tuple[int, int, int] = (255, 255, 255)
@@ -112,22 +113,22 @@ class FolderImages(_InBatches):
 
     @property
     def count(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     def pictures(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
         """(H, W, 3) uint8 each; ValueError for a file that cannot be read or is of another size."""
         for row, image in zip(rows, self.of_any_size(rows), strict=True):
             if image.shape[:2] != (self.height, self.width):
                 sizes = f"{image.shape[1]}x{image.shape[0]} pixels, others {self.width}x{self.height}"
-                raise ValueError(f"{self.paths[row]}: {sizes}: bring all to one size")
+                raise ValueError(f"{self.files.name(row)}: {sizes}: bring all to one size")
             yield image
 
     def of_any_size(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
         """The same, each of the size it has; a few are read at once, which keeps a GPU busier."""
         with ThreadPoolExecutor(READERS) as readers:
             for start in range(0, len(rows), AT_ONCE):
-                paths = [self.paths[row] for row in rows[start : start + AT_ONCE]]
-                yield from map(np.asarray, readers.map(lambda path: read_picture(path, self.background), paths))
+                some = rows[start : start + AT_ONCE]
+                yield from map(np.asarray, readers.map(lambda row: self.files.picture(row, self.background), some))
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class FittedImages(_InBatches):
                 yield image
                 continue
             if self.height != self.width:
-                name = self.whole.paths[row] if of_folder else self.source
+                name = self.whole.files.name(row) if of_folder else self.source
                 raise ValueError(
                     f"{name}: {image.shape[1]}x{image.shape[0]} pixels; {self.width}x{self.height} are needed, "
                     "and only squares are cut out: resize them first"
@@ -358,11 +359,10 @@ def _open_folder(folder: Path, background: tuple[int, int, int]) -> FolderImages
     found = find_pictures(folder)
     if not found.pictures:
         raise ValueError(f"{folder}: no pictures ({', '.join(EXTENSIONS)}) in this folder or those in it: give another")
-    return _open_pictures(str(folder), [folder / name for name in found.pictures], background, len(found.strangers))
+    files = ImageFiles(str(folder), Names.of(found.pictures), np.zeros(len(found.pictures), np.int64), [""])
+    return _open_pictures(str(folder), files, background, len(found.strangers))
 
 
-def _open_pictures(
-    source: str, paths: Sequence[Path | Stored], background: tuple[int, int, int], strangers: int = 0
-) -> FolderImages:
-    width, height = read_picture(paths[0], background).size
-    return FolderImages(source, paths, height, width, background, strangers)
+def _open_pictures(source: str, files: Pictures, background: tuple[int, int, int], strangers: int = 0) -> FolderImages:
+    width, height = files.picture(0, background).size
+    return FolderImages(source, files, height, width, background, strangers)

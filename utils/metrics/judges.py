@@ -54,7 +54,7 @@ class Judges:
 def pixels_of(files: ImageFiles, pixels: int) -> tuple[np.ndarray, np.ndarray]:
     """All images (N, H, W, 3) uint8, cut out of the middle, and labels (N,)."""
     batches = val_batches(Images(files, pixels, resize=1.0), DECODED_AT_ONCE)
-    return np.concatenate([to_uint8((batch + 1) / 2) for batch, _ in batches]), np.array(files.labels)
+    return np.concatenate([to_uint8((batch + 1) / 2) for batch, _ in batches]), files.labels
 
 
 def gaussian(network: Extractor, images: np.ndarray) -> Gaussian:

@@ -14,11 +14,15 @@ from models.tokenizer import VQVAE
 from models.transformer import TransformerConfig, family_config
 from utils.cli import flag
 from utils.data.batches import worker_count
-from utils.data.hub_sets import DATA_PATH_HELP, IMAGE_COLUMN_HELP, LABEL_COLUMN_HELP, Columns
+from utils.data.hub_sets import DATA_PATH_HELP, IMAGE_COLUMN_HELP, LABEL_COLUMN_HELP
 from utils.data.images import check_resize
+from utils.data.layouts import VAL_SHARE_HELP, check_share
 from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
+from utils.runs.listing import MAX_HELP, SKIP_HELP, check_max_bad
+from utils.sampling.flags import read_sampling
 
 SCHEDULES = ("lin0", "lin00", "lin", "cos", "exp")
+OBJECTIVES = ("likelihood", "cca")
 SCALE_GROUPS = ("together", "each", "drawn")
 RELEASED_TOKENIZER = "vae_ch160v4096z32.pth"
 
@@ -44,6 +48,9 @@ class TrainConfig:
     data_path: str = flag("imagenet", DATA_PATH_HELP)
     image_column: str = flag("", IMAGE_COLUMN_HELP)
     label_column: str = flag("", LABEL_COLUMN_HELP)
+    val_share: float = flag(0.0, VAL_SHARE_HELP)
+    skip_bad: bool = flag(False, SKIP_HELP)
+    max_bad: float = flag(0.001, MAX_HELP)
     token_cache: str = flag("", "directory made by scripts/cache_tokens.py, to train from instead of --data_path")
     mid_reso: float = flag(1.125, "images are resized to this times their final size, then cropped", "--resize")
     hflip: bool = flag(False, "mirror half of the training images")
@@ -55,6 +62,7 @@ class TrainConfig:
     background: str = flag(WHITE, BACKGROUND_HELP)
     workers: int | Literal["auto"] = flag("auto", "processes that load images, per rank; 0: none; auto: one less than cores")
     # initialisation
+    init_from: str = flag("", "weights that a new run starts from: file, run, checkpoint or name on the hub, of any family")
     ini: float = flag(-1.0, "std of the initial weights, negative: sqrt(1 / (3 * width))", "--init_std")
     hd: float = flag(0.02, "factor on the initial weights of the head", "--init_head")
     aln: float = flag(0.5, "factor on the initial scale and shift rows of the modulation", "--init_scale_shift")
@@ -87,6 +95,13 @@ class TrainConfig:
         "markov: train all scales together, in turn (same gradient, memory of the largest group), or one group a step, 8:1:1",
         choices=SCALE_GROUPS,
     )
+    objective: str = flag(
+        "likelihood",
+        "what is learnt; cca: condition contrastive alignment, an epoch from --init_from makes guidance needless",
+        choices=OBJECTIVES,
+    )
+    cca_beta: float = flag(0.02, "--objective=cca: how far from the start, large: hardly")
+    cca_weight: float = flag(50.0, "--objective=cca: weight of images under labels of others; published: 50, d24 100, d30 1000")
     # progressive training
     pg: float = flag(0.0, "train more and more scales during this first share of the run, 0: all from the start")
     pg0: int = flag(4, "progressive training starts with this many scales plus one")
@@ -110,11 +125,16 @@ class TrainConfig:
         "samples that each validation draws and scores: their FD-EffLite0 from the held-out images of --data_path, "
         "to be given beside a token cache too; 0: none",
     )
+    val_drawing: str = flag(
+        "", "how samples for --val_fd are drawn, such as 'cfg=2 cfg_scales=3-8 temperature=1:0.5'; empty: as published"
+    )
     peak_tflops: float = flag(0.0, "peak of one GPU in TFLOP/s, for the model FLOPs utilisation; 0: known by the GPU's name")
 
     def __post_init__(self):
         object.__setattr__(self, "workers", worker_count(self.workers))
         background_colour(self.background)
+        check_share(self.val_share)
+        check_max_bad(self.max_bad)
         for name in ("depth", "bs", "ac", "log_every", "keep", "ep", "max_bad_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
@@ -126,9 +146,15 @@ class TrainConfig:
             self._check_at_least(name, 0)
         if self.val_fd == 1:
             raise ValueError("--val_fd=1: a distance needs more images: give 2 or more, or 0 for none")
+        try:
+            read_sampling(self.val_drawing)
+        except ValueError as error:
+            raise ValueError(f"--val_drawing: {error}") from error
         check_resize(self.mid_reso)
         if self.token_cache and (self.hflip or self.mid_reso != TrainConfig.mid_reso):
             raise ValueError("--hflip and --mid_reso are settings of the token cache: give them to scripts/cache_tokens.py")
+        if self.token_cache and not self.val_fd and (self.val_share or self.skip_bad):
+            raise ValueError("--val_share and --skip_bad are of images: give them to scripts/cache_tokens.py")
         for name in ("class_dropout", "ls", "pg", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a share from 0 to 1")
@@ -142,17 +168,25 @@ class TrainConfig:
                 f"--scale_groups={self.scale_groups}: scales depend on one another in family {self.family}"
                 f"{' with --global_blocks' if self.global_blocks else ''}: only all of --family=markov can be trained so"
             )
+        if self.objective == "cca":
+            self._check_contrast()
         if self.parallel == "fsdp" and self.fp16 == 1:
             raise ValueError("--parallel=fsdp with --fp16=1: sharded training has no loss scaling: give --fp16=2 (bfloat16)")
+
+    def _check_contrast(self) -> None:
+        if not self.init_from:
+            raise ValueError("--objective=cca: starts from a trained transformer: give --init_from")
+        if self.pg or self.scale_groups != "together" or self.parallel == "fsdp" or self.ls:
+            raise ValueError(
+                "--objective=cca: takes all scales at once, on every rank: leave out --pg, --scale_groups, --ls, fsdp"
+            )
+        for name in ("cca_beta", "cca_weight"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
 
     def _check_at_least(self, name: str, least: float) -> None:
         if getattr(self, name) < least:
             raise ValueError(f"--{name}={getattr(self, name)}: give {least} or more")
-
-    @property
-    def columns(self) -> Columns:
-        """Of a data set at --data_path."""
-        return Columns(self.image_column, self.label_column)
 
     @property
     def peak_learning_rate(self) -> float:

@@ -13,9 +13,11 @@ from models.quantizer import QuantizerTraining
 from models.tokenizer import TOKENIZER_PRESETS, TokenizerConfig
 from utils.cli import flag, required
 from utils.data.batches import worker_count
-from utils.data.hub_sets import DATA_PATH_HELP, IMAGE_COLUMN_HELP, LABEL_COLUMN_HELP, Columns
+from utils.data.hub_sets import DATA_PATH_HELP, IMAGE_COLUMN_HELP, LABEL_COLUMN_HELP
 from utils.data.images import check_resize
+from utils.data.layouts import VAL_SHARE_HELP, check_share
 from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
+from utils.runs.listing import MAX_HELP, SKIP_HELP, check_max_bad
 
 FEATURES = ("", "dino", "efflite0")  # what a discriminator can look at instead of pixels
 SCORES = ("", "val_psnr", "val_ssim", "val_fd", "val_perceptual")
@@ -104,6 +106,9 @@ class TokenizerTraining:
     # data
     image_column: str = flag("", IMAGE_COLUMN_HELP)
     label_column: str = flag("", LABEL_COLUMN_HELP)
+    val_share: float = flag(0.0, VAL_SHARE_HELP)
+    skip_bad: bool = flag(False, SKIP_HELP)
+    max_bad: float = flag(0.001, MAX_HELP)
     resize: float = flag(1.125, "images are resized to this times their final size, then cropped", "--mid_reso")
     hflip: bool = flag(False, "mirror half of the training images")
     background: str = flag(WHITE, BACKGROUND_HELP)
@@ -120,6 +125,8 @@ class TokenizerTraining:
     def __post_init__(self):
         object.__setattr__(self, "workers", worker_count(self.workers))
         background_colour(self.background)
+        check_share(self.val_share)
+        check_max_bad(self.max_bad)
         for name in ("bs", "max_steps", "log_every", "save_every", "keep", "max_bad_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
@@ -169,11 +176,6 @@ class TokenizerTraining:
                     raise ValueError(f"--{name}={getattr(self, name)}: would change tokens, which --refine keeps: leave it out")
         if self.init_from and self.cosine:
             raise ValueError(f"--cosine=1: {self.init_from} says how its codes are chosen: leave it out")
-
-    @property
-    def columns(self) -> Columns:
-        """Of a data set at --data_path."""
-        return Columns(self.image_column, self.label_column)
 
     def sizes(self) -> TokenizerConfig:
         """Of the tokenizer, where no other one says them. ValueError for a pyramid that does not fit."""
