@@ -22,13 +22,12 @@ from trainer import Trainer
 from utils import cli
 from utils.checkpoint import load_fitting_tokenizer, load_tokenizer_for, load_transformer
 from utils.data.images import Pictures
-from utils.data.layouts import check_root
 from utils.data.sources import CachedData, FolderData
 from utils.data.token_cache import is_of, read_manifest
 from utils.metrics.fidelity import Fidelity
 from utils.runs.checkpoints import latest_checkpoint
 from utils.runs.config import RELEASED_TOKENIZER, TrainConfig
-from utils.runs.listing import RECORD, images_of
+from utils.runs.listing import RECORD, check_images, images_of
 from utils.runs.resume import chosen_seed
 from utils.runs.task import RunConfig
 from utils.sampling.flags import read_sampling
@@ -138,7 +137,7 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     config.rank_batch(ranks.world)
     needs_images = not config.token_cache or config.val_fd
     if needs_images:
-        check_root(config.data_path, config.val_share)
+        check_images(config)
     seed = chosen_seed(config.seed, Path(config.local_out_dir_path), ranks)
     config = replace(config, seed=seed, vae=tokenizer_source(config))
     if config.token_cache and not config.pn:

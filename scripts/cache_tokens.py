@@ -25,8 +25,9 @@ from utils.checkpoint import load_fitting_tokenizer
 from utils.cli import flag, required
 from utils.data import token_cache
 from utils.data.batches import batches_at, val_batches, worker_count
+from utils.data.hub_sets import DATA_PATH_HELP, IMAGE_COLUMN_HELP, LABEL_COLUMN_HELP
 from utils.data.images import Images, Pictures, check_resize, listing_hash
-from utils.data.layouts import VAL_SHARE_HELP, check_root, check_share
+from utils.data.layouts import VAL_SHARE_HELP, check_share
 from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
 from utils.data.token_cache import ARRAYS, CacheShard, Plan
 from utils.runs.listing import MAX_HELP, RECORD, SKIP_HELP, check_max_bad, images_of
@@ -39,8 +40,10 @@ class CacheConfig:
     """Flags of scripts/cache_tokens.py."""
 
     vae: str = required("tokenizer: released file, directory, or owner/name[:file]")
-    data_path: str = required("directory with train/<class>/* and val/<class>/*")
+    data_path: str = required(DATA_PATH_HELP)
     out: str = required("directory of the cache; an unfinished one is resumed, a finished one not touched")
+    image_column: str = flag("", IMAGE_COLUMN_HELP)
+    label_column: str = flag("", LABEL_COLUMN_HELP)
     val_share: float = flag(0.0, VAL_SHARE_HELP)
     skip_bad: bool = flag(False, SKIP_HELP)
     max_bad: float = flag(0.001, MAX_HELP)
@@ -152,8 +155,6 @@ def encode(config: CacheConfig, ranks: Ranks) -> None:
     out = Path(config.out)
     if (out / "manifest.json").exists():
         raise ValueError(f"{out}: a finished token cache is there: give another --out or remove it")
-    with ranks.failing_together():
-        check_root(config.data_path, config.val_share)
     # beside the cache, in which nothing else may be
     train, val, told = images_of(config, ranks, out.with_name(f"{out.name}.{RECORD}"))
     if ranks.is_main:

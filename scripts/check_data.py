@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from utils import cli
 from utils.cli import argument, flag
+from utils.data.hub_sets import is_hub_set
 from utils.data.layouts import VAL_SHARE_HELP, check_root, check_share
 from utils.data.survey import Split, duplicates, list_folder, look_at, most_common, reasons_to_stop
 from utils.files import check_writable, replace_text
@@ -83,6 +84,8 @@ def table(splits: dict[str, Split], same: list[list[str]], stops: list[str]) -> 
 
 def main() -> None:
     config = cli.parse(CheckConfig, __doc__)
+    if is_hub_set(config.folder):
+        raise ValueError(f"{config.folder}: only folders are looked at here: train with --skip_bad, which names bad pictures")
     root, out = Path(config.folder), Path(config.json)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such directory: give one with train/<class>/* and val/<class>/*")

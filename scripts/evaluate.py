@@ -22,6 +22,7 @@ from models.storage import weights_hash
 from utils import cli, evidence, plots
 from utils.checkpoint import load_tokenizer
 from utils.cli import argument, flag, required
+from utils.data.hub_sets import IMAGE_COLUMN_HELP
 from utils.data.pictures import BACKGROUND_HELP, WHITE
 from utils.dump import finished_settings, read_settings
 from utils.files import check_writable
@@ -43,6 +44,7 @@ from utils.metrics.reconstruction import BATCH, measure_reconstruction
 from utils.metrics.scores import in_halves, notes_on_distance, notes_on_scores, score
 from utils.metrics.similarity import LPIPS, LPIPS_SIDE, WINDOW, load_lpips
 
+IMAGES = "an .npz, a folder of PNG or JPEG, or a data set, hf:DIRECTORY:SPLIT or hf:OWNER/NAME:SPLIT"
 ARRAY_HELP = "array of the .npz that holds the images, where it is not arr_0"
 EXTRACTOR_HELP = "network that looks at the images: inception for FID, efflite0 where its weights cannot be had"
 BATCH_HELP = "images that a rank takes at a time; 0: as suits the device"
@@ -52,11 +54,12 @@ BATCH_HELP = "images that a rank takes at a time; 0: as suits the device"
 class EvaluateConfig:
     """Arguments of scripts/evaluate.py."""
 
-    samples: str = argument("images to be scored: an .npz or a folder of PNG or JPEG")
+    samples: str = argument(f"images to be scored: {IMAGES}")
     reference: str = argument("real images, likewise, or statistics of them")
     extractor: str = flag("inception", EXTRACTOR_HELP, choices=tuple(EXTRACTORS))
     weights: str = flag("", "file of its weights; empty: those it comes with")
     array: str = flag("", ARRAY_HELP)
+    image_column: str = flag("", IMAGE_COLUMN_HELP)
     background: str = flag(WHITE, BACKGROUND_HELP)
     real: str = flag("", "further real images, scored beside the samples")
     any_statistics: bool = flag(False, "take statistics as a reference that do not say who made them")
@@ -80,10 +83,11 @@ class EvaluateConfig:
 class StatsConfig:
     """Arguments of scripts/evaluate.py stats."""
 
-    images: str = argument("real images: an .npz or a folder of PNG or JPEG")
+    images: str = argument(f"real images: {IMAGES}")
     out: str = required("file to write, .npz")
     extractor: str = flag("inception", EXTRACTOR_HELP, choices=tuple(EXTRACTORS))
     array: str = flag("", ARRAY_HELP)
+    image_column: str = flag("", IMAGE_COLUMN_HELP)
     background: str = flag(WHITE, BACKGROUND_HELP)
     weights: str = flag("", "file of its weights; empty: those it comes with")
     batch: int = flag(0, BATCH_HELP)
@@ -99,13 +103,14 @@ class StatsConfig:
 class ReconstructionConfig:
     """Arguments of scripts/evaluate.py reconstruction."""
 
-    images: str = argument("real images: an .npz or a folder of PNG or JPEG, of any size")
+    images: str = argument(f"real images, of any size: {IMAGES}")
     vae: str = required("tokenizer: released file, run or checkpoint directory, or owner/name[:file]")
     num: int = flag(
         0, "take so many of the images, evenly spread over all; 0: all; under torchrun: --num_images", "--num_images"
     )
     extractor: str = flag("inception", EXTRACTOR_HELP, choices=tuple(EXTRACTORS))
     array: str = flag("", ARRAY_HELP)
+    image_column: str = flag("", IMAGE_COLUMN_HELP)
     background: str = flag(WHITE, BACKGROUND_HELP)
     weights: str = flag("", "file of its weights; empty: those it comes with")
     precision: str = flag(
@@ -251,10 +256,10 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> None:
     began = time.monotonic()
     with ranks.failing_together():
         check_free(config.json, "--json", config.overwrite)
-        samples = open_images(config.samples, config.background, config.array)
-        how = config.background, config.array, config.any_statistics
+        samples = open_images(config.samples, config.background, config.array, config.image_column)
+        how = config.background, config.array, config.image_column, config.any_statistics
         reference = open_reference(config.reference, config.extractor, *how)
-        real = open_images(config.real, config.background) if config.real else None
+        real = open_images(config.real, config.background, image_column=config.image_column) if config.real else None
         neighbours = f"k={config.k} neighbours need"
         for images in (samples, reference.images, real):
             if images is not None:
@@ -290,7 +295,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> None:
 def stats(config: StatsConfig, ranks: Ranks) -> None:
     with ranks.failing_together():
         check_free(config.out, "--out", config.overwrite)
-        images = open_images(config.images, config.background, config.array)
+        images = open_images(config.images, config.background, config.array, config.image_column)
         check_count(images.source, images.count, 2, "a covariance needs")
     extractor = load(config, ranks)
     statistics = measure(extractor, images, config.batch, ranks, keep_features=False).statistics
@@ -306,7 +311,7 @@ def reconstruction(config: ReconstructionConfig, ranks: Ranks) -> None:
     with ranks.failing_together():
         check_free(config.json, "--json", config.overwrite)
         check_free(config.out, "--out", config.overwrite)
-        whole = open_images(config.images, config.background, config.array)
+        whole = open_images(config.images, config.background, config.array, config.image_column)
         reason = f"--num={config.num} needs" if config.num else "a covariance needs"
         check_count(whole.source, whole.count, config.num or 2, reason)
         tokenizer = load_tokenizer(config.vae).to(ranks.device)

@@ -5,6 +5,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,20 @@ def make_tokenizer(directory: Path, config: TokenizerConfig = TINY_TOKENIZER) ->
     with written_aside(directory) as aside:
         save_model(aside, VQVAE(config), Description("tokenizer"))
     return directory
+
+
+@dataclass(frozen=True)
+class ImageFlags:
+    """What utils.runs.listing is told."""
+
+    data_path: str | Path
+    image_column: str = ""
+    label_column: str = ""
+    skip_bad: bool = True
+    max_bad: float = 0.2
+    val_share: float = 0.0
+    background: str = "white"
+    workers: int = 0
 
 
 def script(name: str):

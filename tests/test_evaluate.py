@@ -358,7 +358,7 @@ def test_images_of_a_data_set_are_resized_and_spread_evenly(images, tokenizer, s
     assert ["images", "4"] in [line.split() for line in shown.splitlines()]
     ((fitted, rows),) = seen
     assert (fitted.height, fitted.width) == (16, 16)
-    assert [fitted.whole.paths[row].parent.name for row in rows] == ["cat", "cat", "dog", "fox"]
+    assert [Path(fitted.whole.files.name(row)).parent.name for row in rows] == ["cat", "cat", "dog", "fox"]
 
 
 # --- several ranks ------------------------------------------------------------------------------------------------------

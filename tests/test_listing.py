@@ -3,13 +3,12 @@
 import json
 import multiprocessing
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as torch_dist
-from commands import CLASSES, SMALL, assert_same_training, make_images, run_in_process, script
+from commands import CLASSES, SMALL, ImageFlags, assert_same_training, make_images, run_in_process, script
 
 import dist
 import train
@@ -21,16 +20,6 @@ from utils.runs.listing import images_of
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
 BROKEN = ("train/cat/3.png", "train/fox/0.png", "val/dog/1.png")
-
-
-@dataclass(frozen=True)
-class Flags:
-    data_path: Path
-    skip_bad: bool = True
-    max_bad: float = 0.2
-    val_share: float = 0.0
-    background: str = "white"
-    workers: int = 0
 
 
 def spoil(root: Path, names: tuple[str, ...] = BROKEN) -> Path:
@@ -74,7 +63,7 @@ def in_words(images: tuple) -> tuple:
 
 
 def test_one_rank_lists_for_both_however_long_it_takes(images, tmp_path, monkeypatch):
-    flags = Flags(images, skip_bad=False)
+    flags = ImageFlags(images, skip_bad=False)
     alone = in_words(images_of(flags, ALONE, tmp_path / "none"))
     monkeypatch.setattr(dist, "STILL_AT_IT", 0.05)
 
@@ -94,7 +83,7 @@ def test_one_rank_lists_for_both_however_long_it_takes(images, tmp_path, monkeyp
 def test_what_is_wrong_with_a_folder_ends_both_in_one_line(tmp_path):
     make_images(tmp_path / "images")
     (tmp_path / "images" / "train" / "cat" / "notes.txt").touch()
-    both = in_two(lambda ranks: images_of(Flags(tmp_path / "images"), ranks, tmp_path / "none"), tmp_path / "meeting")
+    both = in_two(lambda ranks: images_of(ImageFlags(tmp_path / "images"), ranks, tmp_path / "none"), tmp_path / "meeting")
     assert "cat/notes.txt: not an image file" in both[0]
     assert both[1] == "SystemExit(1)"
 
@@ -104,7 +93,7 @@ def test_what_is_wrong_with_a_folder_ends_both_in_one_line(tmp_path):
 
 def test_bad_files_are_left_out_and_noted(spoilt, tmp_path):
     clean, _ = read_folders(spoilt)
-    train_files, val_files, told = images_of(Flags(spoilt), ALONE, tmp_path / "run" / "skipped.json")
+    train_files, val_files, told = images_of(ImageFlags(spoilt), ALONE, tmp_path / "run" / "skipped.json")
     assert list(train_files.names) == [name for name in clean.names if name not in BROKEN]
     assert (len(train_files), len(val_files)) == (22, 11)
     assert train_files.labels.tolist() == [0] * 7 + [1] * 8 + [2] * 7
@@ -118,21 +107,21 @@ def test_bad_files_are_left_out_and_noted(spoilt, tmp_path):
 
 
 def test_both_ranks_look_and_leave_out_the_same(spoilt, tmp_path):
-    both = in_two(lambda ranks: in_words(images_of(Flags(spoilt), ranks, tmp_path / "both.json")), tmp_path / "meeting")
-    alone = in_words(images_of(Flags(spoilt), ALONE, tmp_path / "alone.json"))
+    both = in_two(lambda ranks: in_words(images_of(ImageFlags(spoilt), ranks, tmp_path / "both.json")), tmp_path / "meeting")
+    alone = in_words(images_of(ImageFlags(spoilt), ALONE, tmp_path / "alone.json"))
     assert both[0][:2] == both[1][:2] == alone[:2]
     assert (tmp_path / "both.json").read_text() == (tmp_path / "alone.json").read_text()
 
 
 def test_a_run_that_goes_on_leaves_out_what_it_left_out_before(spoilt, tmp_path, monkeypatch):
-    first = in_words(images_of(Flags(spoilt), ALONE, tmp_path / "skipped.json"))
+    first = in_words(images_of(ImageFlags(spoilt), ALONE, tmp_path / "skipped.json"))
     make_images(tmp_path / "whole", val=4)
     (tmp_path / "whole" / BROKEN[0]).replace(spoilt / BROKEN[0])  # repaired meanwhile
     with monkeypatch.context() as patch:
         patch.setattr(listing, "find_unreadable", lambda *_: pytest.fail("looks at all files again"))
-        assert in_words(images_of(Flags(spoilt), ALONE, tmp_path / "skipped.json")) == first
+        assert in_words(images_of(ImageFlags(spoilt), ALONE, tmp_path / "skipped.json")) == first
     (spoilt / BROKEN[1]).unlink()  # other files: all are looked at
-    names = set(images_of(Flags(spoilt), ALONE, tmp_path / "skipped.json")[0].names)
+    names = set(images_of(ImageFlags(spoilt), ALONE, tmp_path / "skipped.json")[0].names)
     assert BROKEN[0] in names
     assert len(names) == 23
 
@@ -141,25 +130,25 @@ def test_a_run_that_goes_on_leaves_out_what_it_left_out_before(spoilt, tmp_path,
 def test_too_many_bad_files_end_the_run(spoilt, tmp_path, workers):
     message = r"3 of 36 files cannot be read, more than --max_bad=0.08: they are listed in .*skipped.json: repair them"
     with pytest.raises(ValueError, match=message):
-        images_of(Flags(spoilt, max_bad=0.08, workers=workers), ALONE, tmp_path / "skipped.json")
-    assert len(images_of(Flags(spoilt, max_bad=3 / 36), ALONE, tmp_path / "skipped.json")[0]) == 22
+        images_of(ImageFlags(spoilt, max_bad=0.08, workers=workers), ALONE, tmp_path / "skipped.json")
+    assert len(images_of(ImageFlags(spoilt, max_bad=3 / 36), ALONE, tmp_path / "skipped.json")[0]) == 22
 
 
 def test_a_class_of_which_nothing_is_left_ends_the_run(tmp_path):
     root = spoil(make_images(tmp_path / "images", train=2), ("train/fox/0.png", "train/fox/1.png"))
     with pytest.raises(ValueError, match="no file of class 'fox' can be read"):
-        images_of(Flags(root, max_bad=0.5), ALONE, tmp_path / "skipped.json")
+        images_of(ImageFlags(root, max_bad=0.5), ALONE, tmp_path / "skipped.json")
     spoil(root, tuple(f"val/{name}/{number}.png" for name in CLASSES for number in range(3)))
     (tmp_path / "skipped.json").unlink()
     (root / "train" / "fox" / "0.png").write_bytes((root / "train" / "cat" / "0.png").read_bytes())
     with pytest.raises(ValueError, match="no held-out file can be read"):
-        images_of(Flags(root, max_bad=0.9), ALONE, tmp_path / "skipped.json")
+        images_of(ImageFlags(root, max_bad=0.9), ALONE, tmp_path / "skipped.json")
 
 
 def test_another_file_is_not_taken_for_a_record(spoilt, tmp_path):
     (tmp_path / "skipped.json").write_text("[1]")
     with pytest.raises(ValueError, match="skipped.json: not a list of skipped files"):
-        images_of(Flags(spoilt), ALONE, tmp_path / "skipped.json")
+        images_of(ImageFlags(spoilt), ALONE, tmp_path / "skipped.json")
     assert (tmp_path / "skipped.json").read_text() == "[1]"
 
 

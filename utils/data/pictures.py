@@ -3,6 +3,7 @@
 A picture is upright as its EXIF data say, has 8 bits per channel, 16 are scaled, and no transparency: it lies on a background.
 """
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -76,19 +77,23 @@ def background_colour(name: str) -> tuple[int, int, int]:
         raise ValueError(f"--background={name}: no colour: give a name such as white, or #rrggbb") from error
 
 
-def read_picture(path: str | Path, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+def read_picture(
+    path: str | Path, background: tuple[int, int, int] = (255, 255, 255), contents: bytes | None = None
+) -> Image.Image:
     """The first picture of a file, RGB. background: what shows through where it is transparent.
 
-    ValueError, in one line that names the file, where it cannot be read or its values have no known range.
+    contents: of a picture that lies in a file with others; path is then what messages call it. ValueError, in one line that
+    names the file, where it cannot be read or its values have no known range.
     """
+    source = str(path) if contents is None else io.BytesIO(contents)
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             check_range(file)
             transparency = file.info.get("transparency")
             upright = ImageOps.exif_transpose(file)
         return opaque(upright, transparency, background)
     except Exception as error:  # whatever a decoder raises: the name of the file is what helps
-        reason = " ".join(str(error).removesuffix(f" {str(path)!r}").split()) or type(error).__name__
+        reason = " ".join(str(error).removesuffix(f" {source!r}").split()) or type(error).__name__
         raise ValueError(f"{path}: not a readable image ({reason}): repair or remove it") from error
 
 

@@ -1,4 +1,6 @@
-"""Sets of images to be scored: an .npz of samples, as evaluators of any model read them, a folder of pictures, or statistics.
+"""Sets of images to be scored: an .npz of samples, as evaluators of any model read them, pictures, or statistics.
+
+Pictures are those of a folder, or of a split of a data set, hf:DIRECTORY or hf:OWNER/NAME[@REVISION] with :SPLIT.
 
 Images are read batch by batch, so that 50,000 images need no more memory than one batch. Nothing in a file is executed.
 `rows` are the numbers of the images to be read, ascending, such as the part that one of several processes takes; None: all.
@@ -20,7 +22,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from utils.data.pictures import EXTENSIONS, WHITE, background_colour, find_pictures, read_picture
+from utils.data.hub_sets import is_hub_set, read_hub_images
+from utils.data.images import ImageFiles, Names, Pictures
+from utils.data.pictures import EXTENSIONS, WHITE, background_colour, find_pictures
 
 ORIGIN = ("extractor", "fingerprint", "count", "height", "width")  # of statistics: what they are of
 READERS = min(os.cpu_count() or 1, 8)  # threads that decode pictures
@@ -94,10 +98,13 @@ class NpzImages(_InBatches):
 
 @dataclass(frozen=True)
 class FolderImages(_InBatches):
-    """Pictures of a folder and the folders in it, in the order of their paths, and how many other files lie among them."""
+    """Pictures of a folder and the folders in it, in the order of their paths, and how many other files lie among them.
+
+    Or those of a data set, in the order of its rows.
+    """
 
     source: str
-    paths: list[Path]
+    files: Pictures  # their labels are of no account
     height: int
     width: int
     background: tuple[int, int, int] = (255, 255, 255)
@@ -105,22 +112,22 @@ class FolderImages(_InBatches):
 
     @property
     def count(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     def pictures(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
         """(H, W, 3) uint8 each; ValueError for a file that cannot be read or is of another size."""
         for row, image in zip(rows, self.of_any_size(rows), strict=True):
             if image.shape[:2] != (self.height, self.width):
                 sizes = f"{image.shape[1]}x{image.shape[0]} pixels, others {self.width}x{self.height}"
-                raise ValueError(f"{self.paths[row]}: {sizes}: bring all to one size")
+                raise ValueError(f"{self.files.name(row)}: {sizes}: bring all to one size")
             yield image
 
     def of_any_size(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
         """The same, each of the size it has; a few are read at once, which keeps a GPU busier."""
         with ThreadPoolExecutor(READERS) as readers:
             for start in range(0, len(rows), AT_ONCE):
-                paths = [self.paths[row] for row in rows[start : start + AT_ONCE]]
-                yield from map(np.asarray, readers.map(lambda path: read_picture(path, self.background), paths))
+                some = rows[start : start + AT_ONCE]
+                yield from map(np.asarray, readers.map(lambda row: self.files.picture(row, self.background), some))
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,7 @@ class FittedImages(_InBatches):
                 yield image
                 continue
             if self.height != self.width:
-                name = self.whole.paths[row] if of_folder else self.source
+                name = self.whole.files.name(row) if of_folder else self.source
                 raise ValueError(
                     f"{name}: {image.shape[1]}x{image.shape[0]} pixels; {self.width}x{self.height} are needed, "
                     "and only squares are cut out: resize them first"
@@ -190,12 +197,14 @@ class Reference(NamedTuple):
 ImageSet = NpzImages | FolderImages | FittedImages
 
 
-def open_images(source: str | Path, background: str = WHITE, array_name: str = "") -> ImageSet:
-    """The images of an .npz (of the array named, of arr_0, or of its only array of images) or of a folder of pictures.
+def open_images(source: str | Path, background: str = WHITE, array_name: str = "", image_column: str = "") -> ImageSet:
+    """The images of an .npz (of the array named, of arr_0, or of its only array of images), of a folder or of a data set.
 
-    background: what shows through where pictures of a folder are transparent. FileNotFoundError where there is nothing,
-    ValueError, in one line, where what is there are no 8-bit RGB images of one size, or several arrays of them.
+    background: what shows through where pictures are transparent. image_column: of a data set. FileNotFoundError where there
+    is nothing, ValueError, in one line, where what is there are no 8-bit RGB images of one size, or several arrays of them.
     """
+    if is_hub_set(source):
+        return _open_pictures(str(source), read_hub_images(str(source), image_column), background_colour(background))
     path = Path(source)
     if path.is_dir():
         return _open_folder(path, background_colour(background))
@@ -217,19 +226,24 @@ def open_images(source: str | Path, background: str = WHITE, array_name: str = "
 
 
 def open_reference(
-    source: str | Path, extractor: str, background: str = WHITE, array_name: str = "", any_statistics: bool = False
+    source: str | Path,
+    extractor: str,
+    background: str = WHITE,
+    array_name: str = "",
+    image_column: str = "",
+    any_statistics: bool = False,
 ) -> Reference:
     """Images, statistics that `write_statistics` wrote, or for "inception" those of another evaluator.
 
-    background, array_name: as for `open_images`; an array of this name counts where there is one.
+    background, array_name, image_column: as for `open_images`; an array of this name counts where there is one.
 
     Statistics without a word of who made them are refused unless any_statistics: pytorch-fid's for instance are of images that
     were resized otherwise. The OpenAI evaluator's (VIRTUAL_*.npz) have statistics of a whole data set and, for precision and
     recall, some images of it.
     """
     path = Path(source)
-    if path.is_dir():
-        return Reference(open_images(path, background), None)
+    if is_hub_set(source) or path.is_dir():
+        return Reference(open_images(source, background, image_column=image_column), None)
     arrays = read_arrays(path)
     names = {array.name for array in arrays}
     named = array_name if array_name in names else ""
@@ -346,6 +360,10 @@ def _open_folder(folder: Path, background: tuple[int, int, int]) -> FolderImages
     found = find_pictures(folder)
     if not found.pictures:
         raise ValueError(f"{folder}: no pictures ({', '.join(EXTENSIONS)}) in this folder or those in it: give another")
-    paths = [folder / name for name in found.pictures]
-    width, height = read_picture(paths[0], background).size
-    return FolderImages(str(folder), paths, height, width, background, len(found.strangers))
+    files = ImageFiles(str(folder), Names.of(found.pictures), np.zeros(len(found.pictures), np.int64), [""])
+    return _open_pictures(str(folder), files, background, len(found.strangers))
+
+
+def _open_pictures(source: str, files: Pictures, background: tuple[int, int, int], strangers: int = 0) -> FolderImages:
+    width, height = files.picture(0, background).size
+    return FolderImages(source, files, height, width, background, strangers)

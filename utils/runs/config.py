@@ -14,6 +14,7 @@ from models.tokenizer import VQVAE
 from models.transformer import TransformerConfig, family_config
 from utils.cli import flag
 from utils.data.batches import worker_count
+from utils.data.hub_sets import DATA_PATH_HELP, IMAGE_COLUMN_HELP, LABEL_COLUMN_HELP
 from utils.data.images import check_resize
 from utils.data.layouts import VAL_SHARE_HELP, check_share
 from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
@@ -44,7 +45,9 @@ class TrainConfig:
     pn: str = flag("", "pyramid: 256, 512, 1024 or sides such as 1_2_3_4; empty: the tokenizer's", "--pyramid")
     # data
     vae: str = flag("", f"tokenizer: file, directory or owner/name[:file]; empty: {RELEASED_TOKENIZER}, or the cache's")
-    data_path: str = flag("imagenet", "directory with train/<class>/* and val/<class>/*")
+    data_path: str = flag("imagenet", DATA_PATH_HELP)
+    image_column: str = flag("", IMAGE_COLUMN_HELP)
+    label_column: str = flag("", LABEL_COLUMN_HELP)
     val_share: float = flag(0.0, VAL_SHARE_HELP)
     skip_bad: bool = flag(False, SKIP_HELP)
     max_bad: float = flag(0.001, MAX_HELP)

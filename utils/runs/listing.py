@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from dist import Ranks
 from utils.data.batches import batches_at, in_order
+from utils.data.hub_sets import Columns, check_hub_set, is_hub_set, read_hub_set
 from utils.data.images import Pictures, listing_hash, read_folders, told
+from utils.data.layouts import check_root
 from utils.data.pictures import background_colour
 from utils.data.survey import AT_ONCE, Unreadable
 from utils.files import replace_text
@@ -27,6 +29,8 @@ class FolderFlags(Protocol):
     """What a command was told of its images."""
 
     data_path: str
+    image_column: str  # of a data set at hf:...
+    label_column: str
     val_share: float  # held out where there is no val/
     skip_bad: bool
     max_bad: float
@@ -39,14 +43,34 @@ def check_max_bad(max_bad: float) -> None:
         raise ValueError(f"--max_bad={max_bad}: give a share from 0 to below 1")
 
 
+def check_images(flags: FolderFlags) -> None:
+    """A cheap look at --data_path, before anything slow is done: ValueError or FileNotFoundError for what cannot be one."""
+    if is_hub_set(flags.data_path):
+        check_hub_set(flags.data_path)
+    elif flags.image_column or flags.label_column:
+        raise ValueError(f"--data_path={flags.data_path}: a folder has no columns: leave --image_column and --label_column out")
+    else:
+        check_root(flags.data_path, flags.val_share)
+
+
+def read_images(flags: FolderFlags, ranks: Ranks) -> tuple[Pictures, Pictures]:
+    """Those to train on and the held-out ones. The main rank lists a folder; a data set is mapped into memory by each."""
+    with ranks.failing_together():
+        check_images(flags)
+    if not is_hub_set(flags.data_path):
+        return ranks.once(lambda: read_folders(flags.data_path, flags.val_share))
+    with ranks.failing_together():  # those of one machine wait for the first, which converts it for all
+        return read_hub_set(flags.data_path, flags.val_share, Columns(flags.image_column, flags.label_column))
+
+
 def images_of(flags: FolderFlags, ranks: Ranks, record: Path) -> tuple[Pictures, Pictures, list[str]]:
     """The images to train on, the held-out ones, and what is to be told about them; all ranks ask together.
 
-    The main rank lists them. Which cannot be read is found out once: `record` keeps that, so that a run that goes on leaves out
-    the same ones, whatever has happened to files meanwhile. ValueError and OSError, on one rank for all, for folders that do
-    not fit and for too many bad files.
+    Which cannot be read is found out once: `record` keeps that, so that a run that goes on leaves out
+    the same ones, whatever has happened to files meanwhile. ValueError and OSError, on one rank for all, for folders and
+    data sets that do not fit and for too many bad files.
     """
-    train, val = ranks.once(lambda: read_folders(flags.data_path, flags.val_share))
+    train, val = read_images(flags, ranks)
     notes = [told(train, val)]
     if not flags.skip_bad:
         return train, val, notes
@@ -62,7 +86,7 @@ def images_of(flags: FolderFlags, ranks: Ranks, record: Path) -> tuple[Pictures,
     with ranks.failing_together():
         check_few(len(reasons), total, flags.max_bad, record)
         train, val = (without(pictures, list(bad[split])) for split, pictures in splits.items())
-        check_left(train, val)
+        check_left(splits["train"], train, val)
     where = f", listed in {record}" if reasons else ""
     notes.append(f"{len(reasons):,} of {total:,} files cannot be read and are left out{where}")
     return train, val, notes + [f"left out: {reason}" for reason in reasons[:SHOWN]]
@@ -124,10 +148,10 @@ def without(pictures: Pictures, bad: list[int]) -> Pictures:
     return pictures.take(np.delete(np.arange(len(pictures)), bad)) if bad else pictures
 
 
-def check_left(train: Pictures, val: Pictures) -> None:
+def check_left(listed: Pictures, train: Pictures, val: Pictures) -> None:
     """ValueError where no file can be read of a class to be trained, or of all that are held out."""
-    counts = np.bincount(train.labels, minlength=len(train.class_names))
-    if not counts.all():
-        raise ValueError(f"{train.root}: no file of class {train.class_names[counts.argmin()]!r} can be read: repair some")
+    emptied = np.setdiff1d(listed.labels, train.labels)  # a data set may name classes of which it has no pictures
+    if len(emptied):
+        raise ValueError(f"{train.root}: no file of class {train.class_names[emptied[0]]!r} can be read: repair some")
     if not len(val):
         raise ValueError(f"{val.root}: no held-out file can be read ({val.layout}): repair some")

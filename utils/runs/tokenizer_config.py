@@ -13,6 +13,7 @@ from models.quantizer import QuantizerTraining
 from models.tokenizer import TOKENIZER_PRESETS, TokenizerConfig
 from utils.cli import flag, required
 from utils.data.batches import worker_count
+from utils.data.hub_sets import DATA_PATH_HELP, IMAGE_COLUMN_HELP, LABEL_COLUMN_HELP
 from utils.data.images import check_resize
 from utils.data.layouts import VAL_SHARE_HELP, check_share
 from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
@@ -53,7 +54,7 @@ def recipe(given: dict) -> dict:
 class TokenizerTraining:
     """Flags of scripts/train_tokenizer.py."""
 
-    data_path: str = required("directory with train/<class>/* and val/<class>/*")
+    data_path: str = required(DATA_PATH_HELP)
     out: str = required("run directory; a run in it is resumed")
     # what is trained
     preset: str = flag("f16-256", "sizes of the tokenizer, and defaults of other flags", choices=TOKENIZER_PRESETS)
@@ -103,6 +104,8 @@ class TokenizerTraining:
     perturbation: float = flag(0.0, "share of the codes that are swapped for near neighbours before they are decoded")
     matching: float = flag(0.0, "weight, within --vq, of how far the codes' distribution is from that of what looks for one")
     # data
+    image_column: str = flag("", IMAGE_COLUMN_HELP)
+    label_column: str = flag("", LABEL_COLUMN_HELP)
     val_share: float = flag(0.0, VAL_SHARE_HELP)
     skip_bad: bool = flag(False, SKIP_HELP)
     max_bad: float = flag(0.001, MAX_HELP)
