@@ -80,7 +80,9 @@ def named_alike(samples: Labels, reference: Labels, source: str) -> tuple[np.nda
             raise ValueError(f"{source}: label {outside[0]} beside {len(own)} class folders: give a reference with all classes")
         both.append(np.array([own[number] if own else str(number) for number in labels.numbers]))
     if not set(both[0]) & set(both[1]):
-        raise ValueError(f"{source}: no class of it, such as {str(both[0][0])!r}, is in the reference: give one of the same classes")
+        raise ValueError(
+            f"{source}: no class of it, such as {str(both[0][0])!r}, is in the reference: give one of the same classes"
+        )
     return both[0], both[1]
 
 
