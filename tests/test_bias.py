@@ -15,6 +15,7 @@ class Network:
     """As much of an extractor as is asked for here."""
 
     distance_name, kernel_name, score_name = "FD", "KD", "IS"
+    dim, spatial_dim = 4, 3
 
 
 def measured(count: int, seed: int, dim: int = 4, offset: float = 0.0, spatial: bool = False) -> Measured:
@@ -52,6 +53,16 @@ def test_a_set_that_is_large_enough_is_not_halved():
         biases = find_biases({"a": (few, reference)}, Network(), split=5000)
         assert biases["FD"].by == {"a": pytest.approx(expected)}
     assert list(biases) == ["FD", "IS"]  # nothing but these is known of statistics
+
+
+def test_with_no_more_images_than_features_it_is_at_least_so_much():
+    pair = measured(40, 0, dim=40), measured(90, 1, dim=40)
+    wide = Network()
+    wide.dim = 40
+    for extractor, word in ((wide, "at least"), (Network(), "about")):
+        bias = find_biases({"samples": pair}, extractor, split=5000)["FD"]
+        assert f"too large with fewer than 10,000 images: compare it with that of as many, by {word} " in bias.in_words("FD")
+        assert bias.at_least == (word == "at least")
 
 
 def test_nothing_is_said_of_large_sets():

@@ -1,7 +1,8 @@
 """Which scores the numbers of images make too large or too small, and by about how much.
 
 Distances and the Inception score are off by a share that goes down as 1 / N (Chong & Forsyth 2020, arXiv 1911.07023), so what
-half of the images add to it is what all of them have: an estimate, and too small a one with fewer images than features.
+half of the images add to it is what all of them have: an estimate, and of a distance with no more images than features the
+least that it can be (results/small_sets.json).
 """
 
 import math
@@ -23,26 +24,32 @@ class Bias(NamedTuple):
     """What the numbers of images do to a score.
 
     says: in words. by: of each column of scores that is off, by about how much, below 0 for too small; None: unknown.
+    at_least: it may well be more.
     """
 
     says: str
     by: dict[str, float | None]
+    at_least: bool = False
 
     def in_words(self, score: str) -> str:
         known = [f"{abs(by):.3g} ({column})" for column, by in self.by.items() if by is not None]
-        return f"{score}: {self.says}{', by about ' * bool(known)}{', '.join(known)}"
+        by = f", by {'at least' if self.at_least else 'about'} " if known else ""
+        return f"{score}: {self.says}{by}{', '.join(known)}"
 
 
 def find_biases(columns: dict[str, tuple[Measured, Measured]], extractor: Extractor, split: int) -> dict[str, Bias]:
     """By the name of the score. columns: samples and reference of each; split: images per split of the Inception score."""
     found: dict[str, Bias] = {}
 
-    def note(score: str, says: str, column: str, by: float | None) -> None:
-        found.setdefault(score, Bias(says, {})).by[column] = by
+    def note(score: str, says: str, column: str, by: float | None, at_least: bool = False) -> None:
+        before = found.get(score, Bias(says, {}))
+        found[score] = Bias(says, {**before.by, column: by}, before.at_least or at_least)
 
     for column, (samples, reference) in columns.items():
         for score, by in _of_distances(samples, reference, extractor).items():
-            note(score, f"too large with fewer than {ENOUGH:,} images: compare it with that of as many", column, by)
+            says = f"too large with fewer than {ENOUGH:,} images: compare it with that of as many"
+            fewest = min(samples.statistics.count, reference.statistics.count or ENOUGH)
+            note(score, says, column, by, at_least=fewest <= max(extractor.dim, extractor.spatial_dim))
         if min(samples.statistics.count, split) < ENOUGH_IN_SPLIT:
             says = f"too small with fewer than {ENOUGH_IN_SPLIT:,} images in a split"
             note(extractor.score_name, says, column, _of_inception_score(samples, split))
