@@ -13,6 +13,7 @@ from torch import nn
 
 MARK = "<!-- made by the project; this line says whether anybody has edited it: "
 COUNTS = ("images", "reference images")  # in the table of scores, but no scores
+SPREAD = " std"  # at the end of the name of what is none either
 
 Columns = dict[str, dict[str, float | int | None]]
 
@@ -103,7 +104,7 @@ def eval_results(scores: dict, columns: Columns, dataset: str | None) -> list[Ev
     return [
         EvalResult(**task, metric_type=re.sub(r"\W+", "-", name.lower()), metric_name=name, metric_value=value)
         for name, value in next(iter(columns.values())).items()
-        if value is not None and name not in COUNTS
+        if value is not None and name not in COUNTS and not name.endswith(SPREAD)
     ]
 
 
@@ -120,4 +121,7 @@ def _table(head: list[str], rows: Iterable[Iterable[str]]) -> str:
 def _number(value: float | int | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}".rstrip("0").rstrip(".")
+    if isinstance(value, int):
+        return f"{value:,}"
+    digits = 4 if abs(value) >= 0.01 else 6  # kernel distances are small
+    return f"{value:.{digits}f}".rstrip("0").rstrip(".")

@@ -1,4 +1,5 @@
-"""Score samples of any model against reference images: Fréchet distance, Inception score, precision and recall.
+"""Score samples of any model against reference images: Fréchet and kernel distance, Inception score, precision and recall,
+density and coverage.
 
 `scripts/evaluate.py stats FOLDER --out FILE` stores the statistics of a reference, so that they are computed once.
 `scripts/evaluate.py reconstruction IMAGES --vae TOKENIZER` scores what a tokenizer makes of images against these themselves.
@@ -26,6 +27,8 @@ from utils.data.hub_sets import IMAGE_COLUMN_HELP
 from utils.data.pictures import BACKGROUND_HELP, WHITE
 from utils.dump import finished_settings, read_settings
 from utils.files import check_writable
+from utils.metrics.bias import find_biases
+from utils.metrics.by_class import ByClass, read_classes, score_by_class
 from utils.metrics.distances import frechet_distance
 from utils.metrics.features import EXTRACTORS, Extractor, load_extractor
 from utils.metrics.image_sets import (
@@ -48,6 +51,7 @@ IMAGES = "an .npz, a folder of PNG or JPEG, or a data set, hf:DIRECTORY:SPLIT or
 ARRAY_HELP = "array of the .npz that holds the images, where it is not arr_0"
 EXTRACTOR_HELP = "network that looks at the images: inception for FID, efflite0 where its weights cannot be had"
 BATCH_HELP = "images that a rank takes at a time; 0: as suits the device"
+SHOWN_CLASSES = 20  # of more only those that are recognised least are shown
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class EvaluateConfig:
     k: int = flag(3, "precision and recall: neighbours within a ball")
     float32: bool = flag(False, "precision and recall: distances in float32; else in float16, as in the OpenAI evaluator")
     split: int = flag(5000, "Inception score: images per split")
+    subset: int = flag(0, "kernel distance: images per subset; 0: 1000, or half of the smaller set where it has no more")
+    by_class: bool = flag(False, "also score each class by itself: of dumps, class folders, .npz with labels")
     batch: int = flag(0, BATCH_HELP)
     json: str = flag("", "also write the scores, with all settings, to this file")
     overwrite: bool = flag(False, "replace what is at --json")
@@ -75,6 +81,8 @@ class EvaluateConfig:
         check_batch(self.batch)
         if self.k < 1 or self.split < 1:
             raise ValueError(f"--k={self.k}, --split={self.split}: give at least 1 each")
+        if self.subset < 0 or self.subset == 1:
+            raise ValueError(f"--subset={self.subset}: give at least 2 images, or 0 for a number that suits the sets")
         if self.real and self.halves:
             raise ValueError(f"--real={self.real} with --halves: both are scores of real images: give one of them")
 
@@ -161,6 +169,21 @@ def check_count(source: str, count: int, needed: int, reason: str) -> None:
         raise ValueError(f"{source}: {count} image{'s' * (count != 1)}, {reason} at least {needed}: give more")
 
 
+def check_sets(config: EvaluateConfig, samples: ImageSet, reference: Reference, real: ImageSet | None) -> None:
+    """ValueError for sets that are too small, or that cannot be compared."""
+    needed, reason = config.k + 1, f"k={config.k} neighbours need"
+    if config.subset > needed:
+        needed, reason = config.subset, f"--subset={config.subset} needs"
+    for images in (samples, reference.images, real):
+        if images is not None:
+            check_sizes(samples, images)
+            check_count(images.source, images.count, needed, reason)
+    if config.halves:
+        if reference.statistics is not None:
+            raise ValueError(f"{config.reference}: statistics cannot be halved: give a reference of images, or no --halves")
+        check_count(config.reference, reference.images.count, 2 * needed, f"halves and {reason}")
+
+
 # --- measuring ----------------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +223,27 @@ def as_text(name: str, value: float | str | None) -> str:
         return "unknown" if name == "reference images" else "needs images"
     if isinstance(value, str):
         return value
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if value == 0 or abs(value) >= 0.01 else f"{value:.6f}"  # kernel distances are small
+
+
+def class_table(scores: ByClass) -> str:
+    """Scores of each class in a line; of many classes those that are recognised least."""
+    rows = scores.classes
+    if len(rows) > SHOWN_CLASSES:
+        rows = dict(sorted(rows.items(), key=lambda item: item[1]["recognised"])[:SHOWN_CLASSES])
+    names = list(next(iter(rows.values())))
+    lines = [f"{'class':<18}{''.join(f'{name:>18}' for name in names)}"]
+    for name, row in rows.items():
+        cells = ("-" if value is None else as_text("", value) for value in row.values())
+        lines.append(f"{name:<18}{''.join(f'{cell:>18}' for cell in cells)}")
+    if len(rows) < len(scores.classes):
+        lines.append(f"(the {len(rows)} of {len(scores.classes)} classes that are recognised least)")
+    lines.append(
+        f"recognised, all classes: {scores.recognised:.4f} of the samples, {scores.real_recognised:.4f} of the real images"
+    )
+    return "\n".join(lines)
 
 
 def code_table(codes: dict[str, dict]) -> str:
@@ -260,15 +303,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> None:
         how = config.background, config.array, config.image_column, config.any_statistics
         reference = open_reference(config.reference, config.extractor, *how)
         real = open_images(config.real, config.background, image_column=config.image_column) if config.real else None
-        neighbours = f"k={config.k} neighbours need"
-        for images in (samples, reference.images, real):
-            if images is not None:
-                check_sizes(samples, images)
-                check_count(images.source, images.count, config.k + 1, neighbours)
-        if config.halves:
-            if reference.statistics is not None:
-                raise ValueError(f"{config.reference}: statistics cannot be halved: give a reference of images, or no --halves")
-            check_count(config.reference, reference.images.count, 2 * (config.k + 1), f"halves and {neighbours}")
+        check_sets(config, samples, reference, real)
+        classes = read_classes(samples, reference) if config.by_class else None
 
     extractor = load(config, ranks)
     batch = config.batch or batch_size(extractor)
@@ -279,16 +315,25 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> None:
     further = measure(extractor, real, batch, ranks) if real else None
     if not ranks.is_main:
         return
-    choices = (config.k, config.split, torch.float32 if config.float32 else torch.float16)
-    columns = {"samples": score(made, against, extractor, *choices)}
+    pairs = {"samples": (made, against)}
     if further is not None:
-        columns["real"] = score(further, against, extractor, *choices)
+        pairs["real"] = further, against
     elif config.halves:
-        columns["real, halves"] = score(*in_halves(against), extractor, *choices)
+        pairs["real, halves"] = in_halves(against)
+    choices = (config.k, config.split, torch.float32 if config.float32 else torch.float16, config.subset)
+    columns = {name: score(*pair, extractor, *choices) for name, pair in pairs.items()}
+    biases = find_biases(pairs, extractor, config.split)
+    of_classes = score_by_class(made.features, against.features, *classes, extractor) if classes else None
     notes = notes_on_scores(made, against, extractor, config.split) + notes_on_files(samples, reference.images, real)
-    print("\n".join([table(columns), *notes]))
+    notes += [bias.in_words(name) for name, bias in biases.items()]
+    if biases and against.features is not None:
+        notes.append(f"{extractor.kernel_name}: not biased, however few the images")
+    print("\n".join([table(columns), *([class_table(of_classes)] if of_classes else []), *notes]))
     dump = finished_settings(Path(config.samples))  # of samples that sample.py made
     figures = {"pixels": [samples.height, samples.width], "dump": dump, "scores": columns, "notes": notes}
+    figures["biases"] = {name: bias._asdict() for name, bias in biases.items()}
+    if of_classes:
+        figures["by_class"] = of_classes._asdict()
     store(config, figures, extractor, batch, ranks, began)
 
 

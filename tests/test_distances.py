@@ -7,8 +7,19 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torch_fidelity.metric_kid import kid_features_to_metric
 
-from utils.metrics.distances import Moments, frechet_distance, inception_score, moments, precision_recall
+from utils.metrics.distances import (
+    Moments,
+    density_coverage,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    moments,
+    nearest,
+    precision_recall,
+    usual_subset,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -289,6 +300,96 @@ def test_features_too_large_for_half_precision_get_single_precision(golden):
     assert precision_recall(reference, samples) == precision_recall(reference, samples, dtype=torch.float32)
 
 
+# --- kernel distance ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("subset", "num_subsets"), [(30, 7), (60, 3)])
+def test_kernel_distance_is_torch_fidelitys(subset, num_subsets):
+    a, b = normal(60, 8, seed=1), 0.9 * normal(75, 8, seed=2) + 0.1
+    referee = kid_features_to_metric(
+        torch.from_numpy(a), torch.from_numpy(b), kid_subsets=num_subsets, kid_subset_size=subset, verbose=False
+    )
+    mean, deviation = kernel_distance(a, b, subset, num_subsets=num_subsets)
+    assert mean == pytest.approx(referee["kernel_inception_distance_mean"], rel=1e-9)
+    assert deviation == pytest.approx(referee["kernel_inception_distance_std"], rel=1e-9)
+    assert deviation > 0
+
+
+def test_kernel_distance_by_definition():
+    """Of all rows there is one subset, and nothing is known of its spread."""
+    a, b = normal(9, 3, seed=1), 1 + normal(9, 3, seed=2)
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return (x @ y / 3 + 1) ** 3
+
+    within = sum(kernel(x[i], x[j]) for x in (a, b) for i in range(9) for j in range(9) if i != j) / (9 * 8)
+    between = np.mean([kernel(x, y) for x in a for y in b])
+    assert kernel_distance(a, b, subset=9) == (pytest.approx(within - 2 * between, rel=1e-9), None)
+
+
+def test_kernel_distance_is_right_on_average_for_few_rows_where_frechet_distance_is_not():
+    """Fifty pairs of sets of 20 rows, all of one distribution: around 0, which is their distance."""
+    pairs = [(normal(20, 5, seed=2 * i), normal(20, 5, seed=2 * i + 1)) for i in range(50)]
+    kernel = np.array([kernel_distance(a, b, subset=20)[0] for a, b in pairs])
+    frechet = np.array([frechet_distance(*moments(a), *moments(b)) for a, b in pairs])
+    assert abs(kernel.mean()) < 3 * kernel.std() / np.sqrt(50)
+    assert frechet.mean() > 10 * frechet.std() / np.sqrt(50)
+
+
+@pytest.mark.parametrize(("counts", "subset"), [((2000, 1001), 1000), ((1000, 5000), 500), ((41, 60), 20), ((3, 2), 2)])
+def test_subsets_are_of_1000_rows_or_half_of_a_small_set(counts, subset):
+    assert usual_subset(*counts) == subset
+
+
+# --- density and coverage -----------------------------------------------------------------------------------------------
+
+
+def plain_density_coverage(reference: np.ndarray, samples: np.ndarray, k: int) -> tuple[float, float]:
+    radii = [sorted(np.linalg.norm(x - y) for y in reference)[k] for x in reference]
+    inside = np.array([[np.linalg.norm(x - y) < radius for y in samples] for x, radius in zip(reference, radii, strict=True)])
+    return inside.sum() / (k * len(samples)), inside.any(1).mean()
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_density_and_coverage_by_definition(k):
+    reference, samples = normal(50, 6, seed=1), 0.8 * normal(40, 6, seed=2) + 0.2
+    expected = plain_density_coverage(reference, samples, k)
+    assert 0.1 < expected[1] < 1 < 2 * expected[0]
+    assert density_coverage(reference, samples, k) == pytest.approx(expected)
+    for block_size in (7, 1):
+        assert density_coverage(reference, samples, k, block_size=block_size) == pytest.approx(expected)
+
+
+def test_an_outlier_of_the_reference_does_not_make_samples_dense():
+    """Precision takes all of them for real as one wide ball holds them; density counts the balls."""
+    reference = np.concatenate([normal(99, 2, seed=1), [[60.0, 0.0]]])
+    samples = np.array([30.0, 0.0]) + normal(50, 2, seed=2)
+    assert precision_recall(reference, samples, 5, dtype=torch.float32)[0] == 1
+    assert density_coverage(reference, samples) == pytest.approx((1 / 5, 1 / 100))
+
+
+def test_distances_are_in_double_a_part_of_both_sets_at_a_time(monkeypatch):
+    """Rows far from 0 lose nothing; 5,000 rows are more than are taken at once."""
+    reference, samples = normal(30, 3, seed=1), normal(5000, 3, seed=2)
+    sizes = []
+    addmm = torch.Tensor.addmm_
+    monkeypatch.setattr(
+        torch.Tensor, "addmm_", lambda self, *rest, **named: sizes.append(self.shape) or addmm(self, *rest, **named)
+    )
+    usual, far = (density_coverage(reference + offset, samples + offset, block_size=8) for offset in (0, 1e5))
+    assert usual == pytest.approx(far)
+    rows, others = zip(*sizes, strict=True)
+    assert (max(rows), max(others)) == (8, 4096)
+
+
+def test_nearest_rows():
+    rows, others = normal(20, 4, seed=1), normal(30, 4, seed=2)
+    distances = np.linalg.norm(rows[:, None] - others, axis=2)
+    assert nearest(rows, others, block_size=7).tolist() == distances.argmin(1).tolist()
+    among = np.linalg.norm(rows[:, None] - rows, axis=2) + np.diag(np.full(20, np.inf))
+    assert nearest(rows, None, block_size=7).tolist() == among.argmin(1).tolist()
+
+
 # --- input --------------------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +438,14 @@ def with_nan(*shape: int) -> np.ndarray:
         (lambda: precision_recall(normal(9, 4, 1), normal(9, 4)), r"reference of shape \(9, 4, 1\)"),
         (lambda: precision_recall(normal(9, 4), normal(9, 4), k=0), "k=0"),
         (lambda: precision_recall(normal(9, 4), normal(9, 4), dtype=torch.int8), "torch.int8"),
+        (lambda: kernel_distance(normal(9, 4), normal(8, 4), subset=9), "100 subsets of 9 rows, from 9 and 8"),
+        (lambda: kernel_distance(normal(1, 4), normal(8, 4)), "100 subsets of 2 rows, from 1 and 8"),
+        (lambda: kernel_distance(normal(9, 4), normal(9, 3)), "4 in the first and 3 in the second"),
+        (lambda: kernel_distance(normal(9, 4), with_nan(9, 4)), "second features have NaN"),
+        (lambda: density_coverage(normal(5, 4), normal(9, 4)), "reference: 5 rows, but k=5 neighbours need 6"),
+        (lambda: density_coverage(normal(9, 4), normal(0, 4)), "k=5, block_size=512, 0 samples"),
+        (lambda: density_coverage(with_nan(9, 4), normal(9, 4)), "reference have NaN"),
+        (lambda: nearest(normal(1, 4), None), "1 rows to be nearest"),
     ],
 )
 def test_bad_input_is_named_in_one_line(call, message):

@@ -9,7 +9,15 @@ from PIL import Image
 
 from models.tokenizer import TokenizerConfig
 from utils.checkpoint import load_tokenizer
-from utils.metrics.distances import frechet_distance, inception_score, moments, precision_recall
+from utils.metrics.bias import coverage_of_the_same
+from utils.metrics.distances import (
+    density_coverage,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    moments,
+    precision_recall,
+)
 from utils.metrics.features import Features
 from utils.metrics.reconstruction import reconstruct
 from utils.metrics.similarity import psnr
@@ -22,6 +30,7 @@ class SmallExtractor:
 
     name = "efflite0"
     distance_name = "FD-EffLite0"
+    kernel_name = "KD-EffLite0"
     score_name = "IS-EffLite0"
     dim = 5
     num_classes = 7
@@ -42,6 +51,7 @@ class SpatialExtractor(SmallExtractor):
 
     name = "inception"
     distance_name = "FID"
+    kernel_name = "KID"
     score_name = "Inception score"
     spatial_dim = 3
     published = "another"
@@ -84,6 +94,7 @@ def command(monkeypatch, capsys, tmp_path):
     return call
 
 
+NEED_IMAGES = ("KID", "KD-EffLite0", "KID std", "KD-EffLite0 std", "precision", "recall", "density", "coverage")
 NAMES = ("samples", "real", "other", "statistics", "scores", "picture", "pictures", "none")
 
 
@@ -95,6 +106,10 @@ def some_images(count: int, seed: int = 0, brightness: int = 256, height: int = 
 
 def stored_scores(tmp_path, column: str = "samples") -> dict:
     return json.loads((tmp_path / "scores.json").read_text())["scores"][column]
+
+
+def by_statistics_alone(scores: dict) -> dict:
+    return {name: None if name in NEED_IMAGES else value for name, value in scores.items()}
 
 
 def save(tmp_path, **sets):
@@ -112,7 +127,7 @@ def features_of(images: np.ndarray) -> Features:
 def test_scores_are_those_of_the_features(tmp_path, small, command):
     made, real = some_images(37, seed=1, brightness=180), some_images(50)
     save(tmp_path, samples=made, real=real)
-    words = ["samples.npz", "real.npz", "--json", "scores.json", "--batch=8", "--k=2", "--split=20"]
+    words = ["samples.npz", "real.npz", "--json", "scores.json", "--batch=8", "--k=2", "--split=20", "--subset=30"]
     code, shown, errors = command(*words)
     assert (code, errors) == (0, "")
     ours, theirs = features_of(made), features_of(real)
@@ -125,10 +140,13 @@ def test_scores_are_those_of_the_features(tmp_path, small, command):
     assert found["FD-EffLite0"] == pytest.approx(distance, rel=1e-4)
     assert found["IS-EffLite0"] == pytest.approx(score, rel=1e-5)
     assert (found["precision"], found["recall"]) == (precision, recall)
+    assert (found["KD-EffLite0"], found["KD-EffLite0 std"]) == kernel_distance(ours.pooled, theirs.pooled, 30)
+    assert (found["density"], found["coverage"]) == density_coverage(theirs.pooled, ours.pooled)
     assert (stored["settings"]["k"], stored["settings"]["batch"], stored["pixels"]) == (2, 8, [8, 8])
     assert stored["extractor"] == {"name": "efflite0", "weights_sha256": "small"}
     for name, value in found.items():
-        assert any(line.startswith(name) and f"{value:.4f}".rstrip("0").rstrip(".") in line for line in shown.splitlines())
+        exact = f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.6f}"
+        assert any(line.startswith(f"{name} ") and exact.rstrip("0").rstrip(".") in line for line in shown.splitlines())
 
 
 def test_a_set_is_at_no_distance_from_itself(tmp_path, small, command):
@@ -175,17 +193,60 @@ def test_statistics_give_the_same_distance_and_need_images_for_the_rest(tmp_path
         assert (code, errors) == (0, "")
     lines = [line.split(maxsplit=1) for line in shown.splitlines()]
     assert ["precision", "needs images"] in lines
-    assert ["recall", "needs images"] in lines
+    assert ["coverage", "needs images"] in lines
+    assert "statistics.npz holds statistics alone: KD-EffLite0, precision, recall, density and coverage need" in shown
     by_images, by_statistics = (
         json.loads((tmp_path / f"scores.{name}.json").read_text())["scores"]["samples"] for name in ("real", "statistics")
     )
     assert by_statistics["precision"] is by_statistics["recall"] is None
-    assert by_statistics == {**by_images, "precision": None, "recall": None}
+    assert by_statistics == by_statistics_alone(by_images)
 
 
-def test_few_images_are_remarked_on(tmp_path, small, command):
-    save(tmp_path, samples=some_images(5, seed=1), real=some_images(40))
-    assert "FD-EffLite0 from 5 images, not more than the 5 features, is too large" in command("samples.npz", "real.npz")[1]
+def test_what_few_images_do_to_scores_is_shown_and_stored(tmp_path, small, command):
+    save(tmp_path, samples=some_images(8, seed=1), real=some_images(40))
+    code, shown, errors = command("samples.npz", "real.npz", "--halves", "--json", "scores.json")
+    assert (code, errors) == (0, "")
+    stored = json.loads((tmp_path / "scores.json").read_text())
+    biases = stored["biases"]
+    assert list(biases) == ["FD-EffLite0", "IS-EffLite0", "precision", "recall", "coverage"]
+    for name, bias in biases.items():
+        (line,) = (line for line in shown.splitlines() if line.startswith(f"{name}: {bias['says']}"))
+        assert line in stored["notes"]
+        assert list(bias["by"]) == ["samples", "real, halves"]
+        assert (", by about" in line) == (name not in ("precision", "recall"))
+    assert biases["FD-EffLite0"]["by"]["samples"] > biases["FD-EffLite0"]["by"]["real, halves"] > 0
+    assert biases["coverage"]["by"]["samples"] == pytest.approx(coverage_of_the_same(40, 8) - 1)
+    assert "KD-EffLite0: not biased, however few the images" in shown.splitlines()
+
+
+def save_classes(tmp_path, brightnesses: dict[str, int]) -> None:
+    """samples.npz with labels 0, 1, ... and class folders in pictures/, where each class has a brightness of its own."""
+    made = np.concatenate([some_images(7, seed, bright, 8, 8) // 2 + bright // 2 for seed, bright in enumerate((60, 230))])
+    np.savez(tmp_path / "samples.npz", arr_0=made, labels=np.repeat([0, 1], 7))
+    for number, (name, bright) in enumerate(brightnesses.items()):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i, image in enumerate(some_images(6, 10 + number, bright) // 2 + bright // 2):
+            Image.fromarray(image.astype(np.uint8)).save(tmp_path / "pictures" / name / f"{i}.png")
+
+
+def test_each_class_is_scored_by_itself(tmp_path, small, command, monkeypatch):
+    """What was drawn for day is as dark as night, and the other way round."""
+    save_classes(tmp_path, {"day": 230, "night": 60})
+    words = ["samples.npz", "pictures", "--by_class", "--json", "scores.json"]
+    code, shown, errors = command(*words)
+    assert (code, errors) == (0, "")
+    stored = json.loads((tmp_path / "scores.json").read_text())["by_class"]
+    assert list(stored["classes"]) == ["day", "night"]
+    for name, row in stored["classes"].items():
+        assert (row["images"], row["reference images"], row["recognised"], row["real recognised"]) == (7, 6, 0, 1)
+        (line,) = (line.split() for line in shown.splitlines() if line.startswith(name))
+        assert line[1:4] == ["7", "6", f"{row['KD-EffLite0']:.4f}"]
+    assert (stored["recognised"], stored["real_recognised"]) == (0, 1)
+    assert "recognised, all classes: 0.0000 of the samples, 1.0000 of the real images" in shown
+    monkeypatch.setattr(evaluate, "SHOWN_CLASSES", 1)
+    shown = command(*words, "--overwrite")[1]
+    assert "(the 1 of 2 classes that are recognised least)" in shown
+    assert "\nnight" not in shown
 
 
 def test_samples_sorted_by_class_are_remarked_on(tmp_path, small, command):
@@ -224,8 +285,9 @@ def test_with_inception_there_is_a_distance_of_spatial_features(tmp_path, spatia
     save(tmp_path, samples=made, real=real)
     code, shown, errors = command("samples.npz", "real.npz", "--halves", *INCEPTION)
     assert (code, errors) == (0, "")
-    names = ["images", "reference images", "FID", "sFID", "Inception score", "precision", "recall"]
-    assert [line[:18].strip() for line in shown.splitlines()[1:8]] == names
+    names = ["images", "reference images", "FID", "sFID", "KID", "KID std", "Inception score"]
+    names += ["precision", "recall", "density", "coverage"]
+    assert [line[:18].strip() for line in shown.splitlines()[1:12]] == names
     assert "the weights are not those published for FID" in shown
     corners = [moments(images[:, 0, 0] / np.float32(255)) for images in (made, real)]
     assert stored_scores(tmp_path)["sFID"] == pytest.approx(frechet_distance(*corners[0], *corners[1]), rel=1e-4)
@@ -233,7 +295,7 @@ def test_with_inception_there_is_a_distance_of_spatial_features(tmp_path, spatia
     by_images = stored_scores(tmp_path)
     assert command("stats", "real.npz", "--out", "statistics.npz", "--extractor=inception")[0] == 0
     assert command("samples.npz", "statistics.npz", *INCEPTION)[0] == 0
-    assert stored_scores(tmp_path) == {**by_images, "precision": None, "recall": None}
+    assert stored_scores(tmp_path) == by_statistics_alone(by_images)
 
 
 def test_references_of_the_openai_evaluator_give_their_own_statistics(tmp_path, spatial, command):
@@ -257,7 +319,7 @@ def test_references_of_the_openai_evaluator_give_their_own_statistics(tmp_path, 
     assert code == 1
     assert "real.npz: statistics that do not say who made them" in errors
     assert command("samples.npz", "real.npz", "--any_statistics", *INCEPTION)[0] == 0
-    assert stored_scores(tmp_path) == {**found, "sFID": None, "precision": None, "recall": None}
+    assert stored_scores(tmp_path) == {**by_statistics_alone(found), "sFID": None}
 
 
 def test_distances_may_be_in_float32(tmp_path, small, command):
@@ -437,6 +499,10 @@ def test_a_bad_file_that_one_rank_finds_ends_both_with_one_line(tmp_path):
         (["real.npz", "samples.npz", "--k=30"], "samples.npz: 30 images, k=30 neighbours need at least 31: give more"),
         (["samples.npz", "real.npz", "--k=20", "--halves"], "real.npz: 40 images, halves and k=20 neighbours need at least 42"),
         (["samples.npz", "statistics.npz", "--halves"], "statistics.npz: statistics cannot be halved"),
+        (["samples.npz", "real.npz", "--subset=31"], "samples.npz: 30 images, --subset=31 needs at least 31: give more"),
+        (["samples.npz", "real.npz", "--subset=21", "--halves"], "real.npz: 40 images, halves and --subset=21 needs"),
+        (["samples.npz", "statistics.npz", "--by_class"], "statistics.npz: statistics know no classes: give a reference of"),
+        (["samples.npz", "real.npz", "--by_class"], "samples.npz: --by_class needs the classes of the images, in the array"),
         (["samples.npz", "none.npz"], "none.npz: no such file or folder"),
         (["pictures", "real.npz"], "pictures: no pictures"),
         (["samples.npz", "pictures"], "pictures: no pictures"),
@@ -597,6 +663,7 @@ def test_scores_are_not_overwritten_unasked(tmp_path, small, command):
         (["samples.npz"], "the following arguments are required: reference"),
         (["samples.npz", "real.npz", "--real=a.npz", "--halves"], "--real=a.npz with --halves: both are scores of real images"),
         (["samples.npz", "real.npz", "--k=0"], "--k=0, --split=5000: give at least 1 each"),
+        (["samples.npz", "real.npz", "--subset=1"], "--subset=1: give at least 2 images, or 0"),
         (["samples.npz", "real.npz", "--batch=-1"], "--batch=-1: give at least 1, or 0"),
         (["stats", "real.npz"], "the following arguments are required: --out"),
         (["stats", "real.npz", "--out=statistics.json"], "--out=statistics.json: statistics are an .npz"),

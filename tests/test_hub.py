@@ -28,10 +28,13 @@ EVALUATED = {
     "settings": {"reference": "data/imagenet-val.npz", "k": 3},
     "extractor": {"name": "inception", "weights_sha256": "0" * 64},
     "scores": {
-        "samples": {"images": 50000, "reference images": 10000, "FID": 3.0712, "precision": 0.8, "recall": None},
+        "samples": {"images": 50000, "reference images": 10000, "FID": 3.0712, "precision": 0.8, "recall": None}
+        | {"KID": 0.000512, "KID std": 0.00003},
         "real": {"images": 50000, "reference images": 10000, "FID": 1.5, "precision": 0.7, "recall": 0.6},
     },
     "notes": ["too few images"],
+    "biases": {"FID": {"says": "too large", "by": {"samples": 0.1, "real": None}}},
+    "by_class": {"classes": {"cat": {"images": 5, "KID": None}}, "recognised": 0.5, "real_recognised": 0.6},
 }
 
 
@@ -312,7 +315,8 @@ def test_card_of_a_transformer(tmp_path, model):
     assert metadata["license"] == "mit"
     assert metadata["library_name"] == "m-var"
     assert "pytorch_model_hub_mixin" in metadata["tags"]
-    assert {result.metric_name: result.metric_value for result in card.data.eval_results} == {"FID": 3.0712, "precision": 0.8}
+    published = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert published == {"FID": 3.0712, "precision": 0.8, "KID": 0.000512}
     assert {result.dataset_name for result in card.data.eval_results} == {"imagenet-val"}
     assert metadata["model-index"][0]["name"] == "me/mvar"
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -328,6 +332,8 @@ def test_card_of_a_transformer(tmp_path, model):
         "|  | samples | real |",
         "| FID | 3.0712 | 1.5 |",
         "| recall | - | 0.6 |",
+        "| KID | 0.000512 | - |",
+        "| KID std | 0.00003 | - |",
         "By `scripts/evaluate.py` with the extractor inception against `imagenet-val`.",
         "- too few images",
         ' "seed": 3,',

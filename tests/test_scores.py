@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import Dataset
 from torch_fidelity import calculate_metrics
 
-from utils.metrics.distances import frechet_distance, inception_score, moments, precision_recall
+from utils.metrics.distances import frechet_distance, inception_score, kernel_distance, moments, precision_recall
 from utils.metrics.features import Features, extract, load_extractor
 from utils.metrics.image_sets import Gaussian, Statistics
 from utils.metrics.measure import Measured, measure_batches
@@ -55,6 +55,9 @@ def test_scores_are_those_of_torch_fidelity(weights):
         input2=AsTheRefereeReads(reference),
         isc=True,
         fid=True,
+        kid=True,
+        kid_subsets=10,
+        kid_subset_size=9,
         prc=True,
         feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(weights),
@@ -72,6 +75,10 @@ def test_scores_are_those_of_torch_fidelity(weights):
     # Features differ in the sixth digit or so: batches lie in memory in another order, so sums are rounded otherwise.
     distance = frechet_distance(*made.statistics.pooled, *real.statistics.pooled)
     assert distance == pytest.approx(referee["frechet_inception_distance"], rel=1e-5)
+    kernel = kernel_distance(made.features.pooled, real.features.pooled, 9, num_subsets=10)
+    assert kernel == pytest.approx(
+        (referee["kernel_inception_distance_mean"], referee["kernel_inception_distance_std"]), rel=1e-3
+    )  # float32 there
     score = inception_score(made.features.logits.softmax(1), split_size=7)
     assert score > 1.5
     assert score == pytest.approx(referee["inception_score_mean"], rel=1e-5)

@@ -28,6 +28,7 @@ class SmallClassifier:
 
     name = "classifier"
     distance_name = "FD-classifier"
+    kernel_name = "KD-classifier"
     score_name = "IS-classifier"
     published = ""  # there is no file of it
     dim = 128

@@ -1,7 +1,9 @@
-"""Distances and scores between sets of image features: Fréchet distance, Inception score, precision and recall.
+"""Distances and scores between sets of image features: Fréchet and kernel distance, Inception score, precision and recall,
+density and coverage.
 
 Arithmetic alone, pictures become features elsewhere; the results are those of the OpenAI evaluator (guided-diffusion) on the
-same features. Legend: N rows (images), D features. Arrays may be NumPy's or tensors, of any floating-point type.
+same features, those that it lacks are torch-fidelity's and prdc's. Legend: N rows (images), D features. Arrays may be NumPy's
+or tensors, of any floating-point type.
 """
 
 from collections.abc import Callable
@@ -13,6 +15,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 ROWS = 4096  # of features that are in float64 at once
+SUBSETS, SUBSET_SIZE, SUBSET_SEED = 100, 1000, 2020  # of the kernel distance, as torch-fidelity draws them
+DENSITY_K = 5  # neighbours, as Naeem et al. have it
 
 
 class Moments:
@@ -143,9 +147,7 @@ def precision_recall(
     for name, features in (("reference", reference), ("samples", samples)):
         if len(features) < k + 1:
             raise ValueError(f"{name}: {len(features)} rows, but k={k} neighbours need {k + 1}: give more images")
-    if reference.shape[1] != samples.shape[1]:
-        widths = f"{reference.shape[1]} in the reference and {samples.shape[1]} in the samples"
-        raise ValueError(f"features of width {widths}: take both from the same extractor")
+    _check_widths(reference, samples, "the reference", "the samples")
     largest = max(torch.linalg.vector_norm(features.float(), dim=1).max().item() for features in (reference, samples))
     if (2 * largest) ** 2 > torch.finfo(dtype).max:  # bounds every intermediate result
         dtype = torch.float32  # Differs from the evaluator: it decides anew for every 10,000 x 10,000 distances.
@@ -159,6 +161,120 @@ def precision_recall(
         sample_inside |= (distances <= reference_radii[rows, None]).any(0)
         reference_inside.append((distances <= sample_radii).any(1))
     return sample_inside.double().mean().item(), torch.cat(reference_inside).double().mean().item()
+
+
+def usual_subset(count_a: int, count_b: int) -> int:
+    """Rows in a subset of `kernel_distance` that is not told: 1000, or half of the smaller set where that has no more."""
+    fewest = min(count_a, count_b)
+    return SUBSET_SIZE if fewest > SUBSET_SIZE else max(fewest // 2, 2)
+
+
+def kernel_distance(
+    a: ArrayLike | Tensor,
+    b: ArrayLike | Tensor,
+    subset: int = 0,
+    *,
+    num_subsets: int = SUBSETS,
+    device: torch.device | str = "cpu",
+) -> tuple[float, float | None]:
+    """Squared maximum mean discrepancy with the kernel (x . y / D + 1)^3, of Inception features: KID (Binkowski et al. 2018,
+    arXiv 1801.01401). Mean and standard deviation over subsets that are drawn from each set, as torch-fidelity draws them.
+
+    a (N, D), b (M, D). subset: rows in each, 0: `usual_subset`. The mean is unbiased for any numbers of rows, so for sets that
+    are alike it lies around 0, also below. The deviation is None where subsets are all that there is. In float64, on `device`.
+    ValueError for fewer rows than a subset or than 2, other shapes or types, NaN or infinity.
+    """
+    a, b = _checked(a, "first features"), _checked(b, "second features")
+    _check_widths(a, b, "the first", "the second")
+    subset = subset or usual_subset(len(a), len(b))
+    if not 2 <= subset <= min(len(a), len(b)) or num_subsets < 1:
+        raise ValueError(
+            f"{num_subsets} subsets of {subset} rows, from {len(a)} and {len(b)}: give from 1 subset, of 2 rows to all of a set"
+        )
+    draws = np.random.RandomState(SUBSET_SEED)  # the generator of torch-fidelity
+    whole = subset == len(a) == len(b)
+    values = []
+    for _ in range(1 if whole else num_subsets):
+        x, y = (rows[draws.choice(len(rows), subset, replace=False)].to(device, torch.float64) for rows in (a, b))
+        same = sum(kernel.sum() - kernel.trace() for kernel in (_cubic_kernel(x, x), _cubic_kernel(y, y)))
+        values.append(same / (subset * (subset - 1)) - 2 * _cubic_kernel(x, y).mean())
+    means = torch.stack(values)
+    return means.mean().item(), None if whole else means.std(correction=0).item()
+
+
+def density_coverage(
+    reference: ArrayLike | Tensor,
+    samples: ArrayLike | Tensor,
+    k: int = DENSITY_K,
+    *,
+    device: torch.device | str = "cpu",
+    block_size: int = 512,
+) -> tuple[float, float]:
+    """Density, 0 and up, and coverage, 0 to 1 (Naeem et al. 2020, arXiv 2002.09797, equations 4 and 5), as prdc has them.
+
+    reference (N, D), samples (M, D). Each row of the reference has a ball as wide as to its k-th nearest other row. Density: in
+    how many of these a sample lies, divided by k, which is 1 on average for samples like the reference. Coverage: the share of
+    the balls that have a sample in them. What lies on the edge is outside. In float64, on `device`, `block_size` rows of the
+    reference at a time. ValueError for fewer than k + 1 rows of the reference, k < 1, other shapes or types, NaN or infinity.
+    """
+    reference, samples = (_checked(rows, name).to(device) for rows, name in ((reference, "reference"), (samples, "samples")))
+    _check_widths(reference, samples, "the reference", "the samples")
+    if k < 1 or block_size < 1 or len(samples) == 0:
+        raise ValueError(f"k={k}, block_size={block_size}, {len(samples)} samples: give at least 1 each")
+    if len(reference) < k + 1:
+        raise ValueError(f"reference: {len(reference)} rows, but k={k} neighbours need {k + 1}: give more images")
+    pairs = covered = 0
+    for rows in reference.split(block_size):
+        radii = _exact_squares(rows, reference).topk(k + 1, largest=False).values.amax(1)  # itself among them
+        inside = _exact_squares(rows, samples) < radii[:, None]
+        pairs += inside.sum().item()
+        covered += inside.any(1).sum().item()
+    return pairs / (k * len(samples)), covered / len(reference)
+
+
+def nearest(
+    rows: ArrayLike | Tensor, others: ArrayLike | Tensor | None, *, device: torch.device | str = "cpu", block_size: int = 512
+) -> Tensor:
+    """The number (N,), on the CPU, of the row of `others` (M, D) that is nearest to each of `rows` (N, D).
+
+    others: None for the rows themselves, where the nearest is another one. ValueError for too few rows, other shapes or types,
+    NaN or infinity.
+    """
+    among_themselves = others is None
+    rows = _checked(rows, "features").to(device)
+    others = rows if others is None else _checked(others, "others").to(device)
+    _check_widths(rows, others, "the first", "the second")
+    if len(others) < 1 + among_themselves:
+        raise ValueError(f"{len(others)} rows to be nearest: give more images")
+    found = []
+    for start in range(0, len(rows), block_size):
+        distances = _exact_squares(rows[start : start + block_size], others)
+        if among_themselves:
+            distances.diagonal(start).fill_(torch.inf)
+        found.append(distances.argmin(1).cpu())
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
+
+
+def _cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """(n, D), (m, D) -> (n, m)"""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _exact_squares(rows: Tensor, others: Tensor) -> Tensor:
+    """Squared distances (n, M) of rows (n, D) from others (M, D) in float64, of which a part is copied at a time."""
+    rows = rows.double()
+    parts = []
+    for part in others.split(ROWS):
+        part = part.double()
+        squares = rows.square().sum(1)[:, None] + part.square().sum(1)
+        parts.append(squares.addmm_(rows, part.T, alpha=-2).clamp_(min=0))
+    return torch.cat(parts, 1)
+
+
+def _check_widths(a: Tensor, b: Tensor, of_a: str, of_b: str) -> None:
+    if a.shape[1] != b.shape[1]:
+        widths = f"{a.shape[1]} in {of_a} and {b.shape[1]} in {of_b}"
+        raise ValueError(f"features of width {widths}: take both from the same extractor")
 
 
 class _Points(NamedTuple):

@@ -42,6 +42,7 @@ class Extractor(Protocol):
 
     name: str  # what --extractor and stored statistics call it
     distance_name: str
+    kernel_name: str  # of the kernel distance
     score_name: str
     published: str  # SHA-256 of the file of weights that these names stand for
     fingerprint: str  # SHA-256 of the file of its weights
@@ -65,6 +66,7 @@ class EfficientNetLite0:
 
     name = "efflite0"
     distance_name = "FD-EffLite0"
+    kernel_name = "KD-EffLite0"
     score_name = "IS-EffLite0"
     published = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
     pixels = 224
@@ -159,6 +161,7 @@ class Inception:
 
     name = "inception"
     distance_name = "FID"
+    kernel_name = "KID"
     score_name = "Inception score"
     published = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
     dim = 2048

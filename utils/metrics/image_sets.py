@@ -298,6 +298,11 @@ def _load(path: Path, names: Sequence[str]) -> list[np.ndarray]:
         return [archive[name] for name in names]
 
 
+def read_integers(path: Path, name: str) -> np.ndarray:
+    """An array of an archive that `read_arrays` has found there."""
+    return _load(path, [name])[0]
+
+
 def write_statistics(out: Path, statistics: Statistics, extractor: str, fingerprint: str) -> None:
     """mu, sigma (mu_s, sigma_s) and what they are of; renamed when whole. fingerprint: of the extractor's weights."""
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,15 @@
 import numpy as np
 import torch
 
-from utils.metrics.distances import frechet_distance, inception_score, moments, precision_recall
+from utils.metrics.distances import (
+    DENSITY_K,
+    density_coverage,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    moments,
+    precision_recall,
+)
 from utils.metrics.features import Extractor, Features
 from utils.metrics.image_sets import Gaussian, Statistics
 from utils.metrics.measure import Measured
@@ -18,11 +26,13 @@ def score(
     k: int = 3,
     split: int = 5000,
     dtype: torch.dtype = torch.float16,
+    subset: int = 0,
 ) -> dict[str, int | float | None]:
-    """By name, in this order: images, reference images, Fréchet distances, Inception score, precision, recall.
+    """By name, in this order: images, reference images, Fréchet distances, kernel distance and its standard deviation,
+    Inception score, precision, recall, density, coverage.
 
-    None for what cannot be known from the statistics of a reference. k, dtype: of precision and recall; split: images per split
-    of the Inception score.
+    None for what cannot be known from the statistics of a reference, or from so few images. k, dtype: of precision and recall;
+    split: images per split of the Inception score; subset: images per subset of the kernel distance, 0: as suits the sets.
     """
     ours, theirs = samples.statistics, reference.statistics
     figures = {
@@ -32,26 +42,34 @@ def score(
     }
     if ours.spatial:
         figures[f"s{extractor.distance_name}"] = frechet_distance(*ours.spatial, *theirs.spatial) if theirs.spatial else None
-    figures[extractor.score_name] = inception_score(samples.features.logits.softmax(1), split)
-    precision = recall = None
+    kernel = precision = recall = density = coverage = deviation = None
     if reference.features is not None:
-        precision, recall = precision_recall(
-            reference.features.pooled,
-            samples.features.pooled,
-            k,
-            dtype=dtype,
-            device=extractor.device,
-        )
-    return {**figures, "precision": precision, "recall": recall}
+        real, made, device = reference.features.pooled, samples.features.pooled, extractor.device
+        kernel, deviation = kernel_distance(made, real, subset, device=device)
+        precision, recall = precision_recall(real, made, k, dtype=dtype, device=device)
+        if len(real) > DENSITY_K:
+            density, coverage = density_coverage(real, made, device=device)
+    return {
+        **figures,
+        extractor.kernel_name: kernel,
+        f"{extractor.kernel_name} std": deviation,
+        extractor.score_name: inception_score(samples.features.logits.softmax(1), split),
+        "precision": precision,
+        "recall": recall,
+        "density": density,
+        "coverage": coverage,
+    }
+
+
+def notes_on_weights(extractor: Extractor) -> list[str]:
+    if extractor.fingerprint == extractor.published:
+        return []
+    return [f"the weights are not those published for {extractor.distance_name}: compare these scores only among themselves"]
 
 
 def notes_on_distance(extractor: Extractor, name: str, fewest: int) -> list[str]:
     """What a reader of a Fréchet distance should know; fewest: images in the smaller set."""
-    notes = []
-    if extractor.fingerprint != extractor.published:
-        notes.append(
-            f"the weights are not those published for {extractor.distance_name}: compare these scores only among themselves"
-        )
+    notes = notes_on_weights(extractor)
     if fewest <= extractor.dim:
         notes.append(
             f"{name} from {fewest} images, not more than the {extractor.dim} features, is too large: "
@@ -61,9 +79,12 @@ def notes_on_distance(extractor: Extractor, name: str, fewest: int) -> list[str]
 
 
 def notes_on_scores(samples: Measured, reference: Measured, extractor: Extractor, split: int) -> list[str]:
-    """What a reader of the scores of `score` should know."""
+    """What a reader of the scores of `score` should know, but for what utils/metrics/bias.py finds."""
     count = samples.statistics.count
-    notes = notes_on_distance(extractor, extractor.distance_name, min(count, reference.statistics.count or count))
+    notes = notes_on_weights(extractor)
+    if reference.features is None:
+        scores = f"{extractor.kernel_name}, precision, recall, density and coverage"
+        notes.append(f"{reference.statistics.source} holds statistics alone: {scores} need a reference of images")
     if reference.statistics.count is None:
         notes.append(f"{reference.statistics.source} does not say how many images its statistics are of")
     if count > split:  # otherwise all is one split, in which order does not matter
