@@ -92,7 +92,7 @@ def test_an_inception_score_of_few_images_is_too_small():
 
 def test_shares_depend_on_the_numbers():
     biases = find_biases({"samples": (measured(60, 0), measured(70, 1))}, Network(), split=50)
-    assert list(biases) == ["FD", "IS", "precision", "recall", "coverage"]
+    assert list(biases) == ["FD", "IS", "precision", "recall", "density", "coverage"]
     assert biases["recall"].by == {"samples": None}
     assert biases["coverage"].by == {"samples": pytest.approx(coverage_of_the_same(70, 60) - 1)}
 

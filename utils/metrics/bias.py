@@ -57,12 +57,12 @@ def find_biases(columns: dict[str, tuple[Measured, Measured]], extractor: Extrac
             continue
         counts = len(reference.features.pooled), len(samples.features.pooled)
         if min(counts) < ENOUGH:
-            for share in ("precision", "recall"):
+            for share in ("precision", "recall", "density"):
                 says = f"depends on the numbers of images, here fewer than {ENOUGH:,}: compare it with that of as many"
                 note(share, says, column, None)
         reached = coverage_of_the_same(*counts)
-        if reached < CLOSE_TO_ALL:
-            says = "samples like the real images would miss 1 at these numbers of images"
+        if min(counts) < ENOUGH or reached < CLOSE_TO_ALL:
+            says = "depends on the numbers of images: samples like the real ones would miss 1"
             note("coverage", says, column, reached - 1)
     return found
 
