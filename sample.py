@@ -113,6 +113,8 @@ class SampleConfig:
         for name, value in PRESETS[self.preset or "fid"].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if not Path(self.out).name:
+            raise ValueError(f"--out={self.out}: no name of a file or folder: give one")
         self.sweep()
         if self.precision != AUTO:
             Precision.parse(self.precision)

@@ -31,6 +31,7 @@ from utils.checkpoint import load_fitting_tokenizer, load_tokenizer_for
 from utils.data.images import check_root
 from utils.data.sources import CachedData, Data, FolderData
 from utils.data.token_cache import check_classes, fingerprint, is_of, read_manifest, short
+from utils.files import check_folder
 from utils.metrics.fidelity import Fidelity
 from utils.runs.config import RELEASED_TOKENIZER, TrainConfig
 from utils.runs.flops import peak_flops, training_flops
@@ -375,6 +376,7 @@ def run_config(config: TrainConfig, size: int) -> RunConfig:
 def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     """Everything that the flags ask for, loaded, checked and initialised."""
     config.rank_batch(ranks.world)
+    check_folder(config.local_out_dir_path, "--local_out_dir_path")
     if not config.token_cache or config.val_fd:
         check_root(config.data_path)
     seed = chosen_seed(config.seed, Path(config.local_out_dir_path), ranks)

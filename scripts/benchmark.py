@@ -17,6 +17,9 @@ from scripts.benchmarks.config import BenchmarkConfig
 from scripts.benchmarks.formats import COMMON, Columns
 from utils import cli, evidence
 from utils.cli import argument
+from utils.files import check_file
+
+PICTURE = ".png"  # of figures that are drawn, too
 
 
 class Measurement(NamedTuple):
@@ -61,14 +64,17 @@ def page(measurement: Measurement, rows: list[dict]) -> str:
 def main() -> None:
     config = cli.parse(Arguments, __doc__)
     out = Path(config.json)
-    if config.json and out.exists() and not config.overwrite:
-        raise ValueError(f"{out}: is there already: give another --json, or --overwrite")
     measurement = MEASUREMENTS[config.command]
+    if config.json:
+        if measurement.draw is not None and out.suffix == PICTURE:
+            raise ValueError(f"--json={out}: is the name of the picture beside it: give another")
+        for path in (out, out.with_suffix(PICTURE)) if measurement.draw is not None else (out,):
+            check_file(path, "--json", config.overwrite)
     rows = measurement.measure(config)
     if config.json:
         evidence.store(out, {"threads": torch.get_num_threads(), "rows": rows})
         if measurement.draw is not None:
-            measurement.draw(out.with_suffix(".png"), rows)
+            measurement.draw(out.with_suffix(PICTURE), rows)
     print(page(measurement, rows), end="")
 
 

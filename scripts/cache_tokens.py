@@ -28,6 +28,7 @@ from utils.data.batches import batches_at, val_batches, worker_count
 from utils.data.images import ImageFiles, Images, check_resize, read_folders
 from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
 from utils.data.token_cache import ARRAYS, CacheShard, Plan
+from utils.files import check_folder
 
 COMPARED_IMAGES = 16  # of which it is told how many tokens another precision changes
 
@@ -143,6 +144,7 @@ def encode_shards(
 def encode(config: CacheConfig, ranks: Ranks) -> None:
     """Encode what is missing, this rank its share of it; the main rank finishes the cache."""
     out = Path(config.out)
+    check_folder(out, "--out")
     if (out / "manifest.json").exists():
         raise ValueError(f"{out}: a finished token cache is there: give another --out or remove it")
     train, val = read_folders(config.data_path)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from utils import cli
 from utils.cli import argument, flag
 from utils.data.survey import Split, duplicates, list_folder, look_at, most_common, reasons_to_stop
-from utils.files import check_writable, replace_text
+from utils.files import check_file, replace_text
 
 SHOWN = 10  # of what there may be many
 
@@ -83,9 +83,7 @@ def main() -> None:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such directory: give one with train/<class>/* and val/<class>/*")
     if config.json:
-        if out.exists() and not config.overwrite:
-            raise ValueError(f"{out}: is there already: give another --json, or --overwrite")
-        check_writable(out)
+        check_file(out, "--json", config.overwrite)
     start = time.monotonic()
     splits, places = list_folder(root, ("train", "val"))
     bar = tqdm(look_at(places, config.workers), total=len(places), unit="image", mininterval=0.2 if sys.stderr.isatty() else 20)
