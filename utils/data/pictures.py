@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS as EXTENSIONS
+
+from models.storage import in_place_of_a_file, start_of
 
 WHITE = "white"
 BACKGROUND_HELP = "colour of what shows through where pictures are transparent: a name, or #rrggbb"
@@ -60,7 +62,7 @@ class Listing(NamedTuple):
     """What lies in a folder of class folders, by name alone."""
 
     classes: dict[str, Found]  # by the folders' names, in their order, which is that of the labels
-    loose: list[str]  # pictures beside the class folders
+    loose: list[str]  # beside the class folders: pictures, and links to nothing, which may have been class folders
     strangers: list[str]  # other files there
     passed_over: list[str]  # hidden, or of systems, there
 
@@ -73,7 +75,7 @@ def list_classes(folder: str | Path) -> Listing:
             listing.passed_over.append(entry.name)
         elif entry.is_dir():
             listing.classes[entry.name] = find_pictures(entry.path)
-        elif entry.name.lower().endswith(EXTENSIONS):
+        elif entry.name.lower().endswith(EXTENSIONS) or not os.path.exists(entry.path):
             listing.loose.append(entry.name)
         else:
             listing.strangers.append(entry.name)
@@ -105,7 +107,9 @@ def read_picture(path: str | Path, background: tuple[int, int, int] = (255, 255,
             upright = ImageOps.exif_transpose(file)
         return opaque(upright, transparency, background)
     except Exception as error:  # whatever a decoder raises: the name of the file is what helps
-        reason = " ".join(str(error).removesuffix(f" {str(path)!r}").split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError) and (what := in_place_of_a_file(start_of(path))):
+            raise ValueError(f"{path}: not a readable image: {what}") from error
+        reason = " ".join(str(error).removesuffix(f" {str(path)!r}").rstrip(":").split()) or type(error).__name__
         raise ValueError(f"{path}: not a readable image ({reason}): repair or remove it") from error
 
 
