@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from scripts.benchmarks import attention, length, memory, peer, sampling, scan, table, tokenizer, tokens, training
+from scripts.benchmarks import attention, check_data, length, memory, peer, sampling, scan, table, tokenizer, tokens, training
 from scripts.benchmarks.config import BenchmarkConfig
 from scripts.benchmarks.formats import COMMON, Columns
 from utils import cli, evidence
@@ -41,6 +41,7 @@ MEASUREMENTS = {
     "attention": Measurement(attention.attention, attention.COLUMNS),
     "length": Measurement(length.length, length.COLUMNS, length.draw),
     "table": Measurement(table.table, table.COLUMNS),
+    "check_data": Measurement(check_data.check_data, check_data.COLUMNS),
 }
 
 

@@ -14,7 +14,7 @@ PIXELS, NUM_CLASSES = 256, 1000
 IMAGENET_IMAGES = 1_281_167
 BATCHES_PER_REPEAT = 20  # of the command `tokens`
 # What all commands take where a flag is not given, and what some take in its place.
-COMMON = {"family": "mvar,var,markov", "depth": "12", "batch": 1, "pn": "256"}
+COMMON = {"family": "mvar,var,markov", "depth": "12", "batch": 1, "pn": "256", "rows": 1 << 17}
 DEFAULTS: dict[str, dict] = {
     "tokens": {"batch": 768},
     "memory": {"depth": "12,16,20,24,30,32"},
@@ -22,6 +22,7 @@ DEFAULTS: dict[str, dict] = {
     "peer": {"depth": "12,16"},
     "tokenizer": {"batch": 16},
     "training": {"batch": 16},
+    "check_data": {"rows": 2000},
     "scan": {"depth": "12,16,24", "batch": 8, "pn": "256,512"},
     "table": {
         "family": ",".join(("var", *(family for family in FAMILIES if family != "var"))),
@@ -54,7 +55,8 @@ class BenchmarkConfig:
     threads: str = flag("1,2", "peer: numbers of threads, comma-separated")
     presets: str = flag("f8-32", "tokenizer: presets, comma-separated")
     checkout: str = flag("", "peer: directory of a checkout of FoundationVision/VAR")
-    rows: int = flag(1 << 17, "tokens: images in the cache that is made for it")
+    rows: int | None = flag(None, "images that are made for it; tokens: in the cache, check_data: JPEG files")
+    processes: str = flag("1,2", "check_data: numbers of processes, comma-separated")
     repeats: int = flag(7, f"the median of so many measurements, tokens: of {BATCHES_PER_REPEAT} batches")
     json: str = flag("", "file to store the figures in, with command, machine, versions and commit")
     overwrite: bool = flag(False, "replace what is at --json")
@@ -68,7 +70,7 @@ class BenchmarkConfig:
             raise ValueError(f"--family={self.family}: no {', '.join(unknown)}: give some of {','.join(FAMILIES)}")
         if not all(depth.isdigit() and int(depth) > 0 for depth in self.depth.split(",")):
             raise ValueError(f"--depth={self.depth}: give numbers of blocks such as 12,16")
-        for name in ("sides", "heads", "batches", "threads"):
+        for name in ("sides", "heads", "batches", "threads", "processes"):
             if not all(number.isdigit() and int(number) > 0 for number in getattr(self, name).split(",")):
                 raise ValueError(f"--{name}={getattr(self, name)}: give numbers such as {getattr(BenchmarkConfig, name)}")
         if unknown := sorted(set(self.presets.split(",")) - set(TOKENIZER_PRESETS)):
