@@ -24,6 +24,7 @@ from utils.checkpoint import load_fitting_tokenizer, load_tokenizer_for, load_tr
 from utils.data.images import Pictures
 from utils.data.sources import CachedData, FolderData
 from utils.data.token_cache import is_of, read_manifest
+from utils.files import check_folder
 from utils.metrics.fidelity import Fidelity
 from utils.runs.checkpoints import latest_checkpoint
 from utils.runs.config import RELEASED_TOKENIZER, TrainConfig
@@ -135,6 +136,7 @@ def run_config(config: TrainConfig, size: int) -> RunConfig:
 def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     """Everything that the flags ask for, loaded, checked and initialised."""
     config.rank_batch(ranks.world)
+    check_folder(config.local_out_dir_path, "--local_out_dir_path")
     needs_images = not config.token_cache or config.val_fd
     if needs_images:
         check_images(config)

@@ -76,7 +76,7 @@ def read_tensors(path: Path) -> dict:
     """
     if path.name.endswith(INDEX):
         return _read_index(path)
-    start = _start_of(path)
+    start = start_of(path)
     try:
         if _is_safetensors(start):
             return load_file(path)
@@ -105,7 +105,8 @@ def _read_index(path: Path) -> dict:
     return parts
 
 
-def _start_of(path: Path) -> bytes:
+def start_of(path: str | Path) -> bytes:
+    """The first bytes of a file, by which `in_place_of_a_file` knows it."""
     with open(path, "rb") as file:
         return file.read(512)
 
@@ -115,15 +116,22 @@ def _is_safetensors(start: bytes) -> bool:
     return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 30
 
 
-def _what_it_is(path: Path, start: bytes, error: Exception) -> str:
-    """What a file that cannot be read seems to be, and the mend, in our own words."""
-    text = start.lstrip().lower()
+def in_place_of_a_file(start: bytes) -> str:
+    """What one gets at times instead of a file, by its first bytes, and the mend; empty where it is none of that."""
     if not start:
         return "it is empty: fetch it again"
     if start.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS and not the file itself: fetch that with `git lfs pull`"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page, as one gets in place of a file that needs a login: fetch it again"
+    return ""
+
+
+def _what_it_is(path: Path, start: bytes, error: Exception) -> str:
+    """What a file that cannot be read seems to be, and the mend, in our own words."""
+    text = start.lstrip().lower()
+    if in_place := in_place_of_a_file(start):
+        return in_place
     if _is_safetensors(start):
         return "it is a damaged or truncated safetensors file: fetch it again"
     if "weights_only" in str(error) or "Unsupported" in str(error) or "GLOBAL" in str(error):

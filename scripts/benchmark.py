@@ -14,6 +14,7 @@ import torch
 
 from scripts.benchmarks import (
     attention,
+    check_data,
     length,
     listing,
     memory,
@@ -30,6 +31,9 @@ from scripts.benchmarks.config import BenchmarkConfig
 from scripts.benchmarks.formats import COMMON, Columns
 from utils import cli, evidence
 from utils.cli import argument
+from utils.files import check_file
+
+PICTURE = ".png"  # of figures that are drawn, too
 
 
 class Measurement(NamedTuple):
@@ -53,6 +57,7 @@ MEASUREMENTS = {
     "attention": Measurement(attention.attention, attention.COLUMNS),
     "length": Measurement(length.length, length.COLUMNS, length.draw),
     "table": Measurement(table.table, table.COLUMNS),
+    "check_data": Measurement(check_data.check_data, check_data.COLUMNS),
 }
 
 
@@ -76,14 +81,17 @@ def page(measurement: Measurement, rows: list[dict]) -> str:
 def main() -> None:
     config = cli.parse(Arguments, __doc__)
     out = Path(config.json)
-    if config.json and out.exists() and not config.overwrite:
-        raise ValueError(f"{out}: is there already: give another --json, or --overwrite")
     measurement = MEASUREMENTS[config.command]
+    if config.json:
+        if measurement.draw is not None and out.suffix == PICTURE:
+            raise ValueError(f"--json={out}: is the name of the picture beside it: give another")
+        for path in (out, out.with_suffix(PICTURE)) if measurement.draw is not None else (out,):
+            check_file(path, "--json", config.overwrite)
     rows = measurement.measure(config)
     if config.json:
         evidence.store(out, {"threads": torch.get_num_threads(), "rows": rows})
         if measurement.draw is not None:
-            measurement.draw(out.with_suffix(".png"), rows)
+            measurement.draw(out.with_suffix(PICTURE), rows)
     print(page(measurement, rows), end="")
 
 

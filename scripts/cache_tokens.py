@@ -30,6 +30,7 @@ from utils.data.images import Images, Pictures, check_resize, listing_hash
 from utils.data.layouts import VAL_SHARE_HELP, check_share
 from utils.data.pictures import BACKGROUND_HELP, WHITE, background_colour
 from utils.data.token_cache import ARRAYS, CacheShard, Plan
+from utils.files import check_folder
 from utils.runs.listing import MAX_HELP, RECORD, SKIP_HELP, check_max_bad, images_of
 
 COMPARED_IMAGES = 16  # of which it is told how many tokens another precision changes
@@ -153,6 +154,7 @@ def encode_shards(
 def encode(config: CacheConfig, ranks: Ranks) -> None:
     """Encode what is missing, this rank its share of it; the main rank finishes the cache."""
     out = Path(config.out)
+    check_folder(out, "--out")
     if (out / "manifest.json").exists():
         raise ValueError(f"{out}: a finished token cache is there: give another --out or remove it")
     # beside the cache, in which nothing else may be

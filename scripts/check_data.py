@@ -21,7 +21,7 @@ from utils.cli import argument, flag
 from utils.data.hub_sets import is_hub_set
 from utils.data.layouts import VAL_SHARE_HELP, check_root, check_share
 from utils.data.survey import Split, duplicates, list_folder, look_at, most_common, reasons_to_stop
-from utils.files import check_writable, replace_text
+from utils.files import check_file, replace_text
 
 SHOWN = 10  # of what there may be many
 
@@ -42,7 +42,7 @@ class CheckConfig:
             raise ValueError(f"--workers={self.workers}: give at least 1")
 
 
-def table(splits: dict[str, Split], same: list[list[str]], stops: list[str]) -> str:
+def table(root: Path, splits: dict[str, Split], same: list[list[str]], stops: list[str]) -> str:
     """What people should know, in lines."""
     lines = [f"{'':<24}" + "".join(f"{name:>14}" for name in splits)]
 
@@ -56,6 +56,9 @@ def table(splits: dict[str, Split], same: list[list[str]], stops: list[str]) -> 
     row("cannot be read", [sum(bool(picture.error) for picture in split.pictures) for split in splits.values()])
     row("with transparency", [sum(picture.is_transparent for picture in split.pictures) for split in splits.values()])
     row("turned by EXIF data", [sum(picture.is_turned for picture in split.pictures) for split in splits.values()])
+    row("of several frames", [sum(picture.has_several for picture in split.pictures) for split in splits.values()])
+    sides = [[min(picture.size) for picture in split.pictures if not picture.error] for split in splits.values()]
+    row("smallest side, px", [min(of_split, default=0) for of_split in sides])
     row("files of other kinds", [len(split.strangers) + len(split.beside) + len(split.loose) for split in splits.values()])
     row("hidden or of systems", [len(split.passed_over) for split in splits.values()])
     for name, split in splits.items():
@@ -70,9 +73,10 @@ def table(splits: dict[str, Split], same: list[list[str]], stops: list[str]) -> 
         lines.append(
             f"{sum(map(len, same)):,} files in {len(same):,} groups have the same bytes, such as {' and '.join(same[0][:3])}"
         )
-    shared = [paths for paths in same if len({Path(path).parent.name for path in paths}) > 1]
-    if shared:
-        lines.append(f"{len(shared):,} of these groups are in several classes, such as {' and '.join(shared[0][:3])}")
+    for words, depth in (("several classes", 1), ("train/ as well as val/", 0)):
+        shared = [paths for paths in same if len({Path(path).relative_to(root).parts[depth] for path in paths}) > 1]
+        if shared:
+            lines.append(f"{len(shared):,} of these groups are in {words}, such as {' and '.join(shared[0][:3])}")
     if stops:
         lines.append(f"training would stop: {len(stops):,} reasons")
         lines += [f"  {reason}" for reason in stops[:SHOWN]]
@@ -90,9 +94,7 @@ def main() -> None:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such directory: give one with train/<class>/* and val/<class>/*")
     if config.json:
-        if out.exists() and not config.overwrite:
-            raise ValueError(f"{out}: is there already: give another --json, or --overwrite")
-        check_writable(out)
+        check_file(out, "--json", config.overwrite)
     start = time.monotonic()
     if config.val_share:
         check_root(root, config.val_share)
@@ -101,7 +103,7 @@ def main() -> None:
     for place, picture in bar:
         splits[place.split].classes[place.label].append(picture)
     same, stops = duplicates(splits), reasons_to_stop(splits)
-    print(table(splits, same, stops))
+    print(table(root, splits, same, stops))
     if config.json:
         seconds = time.monotonic() - start
         found = {

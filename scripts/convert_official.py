@@ -29,7 +29,7 @@ from utils.checkpoint import (
     unwrapped,
 )
 from utils.cli import argument, flag, required
-from utils.files import written_aside
+from utils.files import check_writable, written_aside
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def main() -> None:
     out = Path(config.out)
     if out.exists():
         raise ValueError(f"{out}: is there already: give another --out")
+    check_writable(out)
     path = locate(config.source, wanted="released")
     if is_ours(path):
         raise ValueError(f"{config.source}: is a checkpoint of this project already: use it as it is")

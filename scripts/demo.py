@@ -28,6 +28,7 @@ from utils.cli import flag
 from utils.data.fashion_mnist import FASHION_MNIST_CLASSES, export_fashion_mnist
 from utils.data.images import Images, read_folders
 from utils.data.token_cache import TokenCache
+from utils.files import check_folder
 from utils.metrics.judges import Judges, decoded
 from utils.runs.log import read_metrics
 
@@ -43,6 +44,11 @@ class DemoConfig:
     out: str = flag("out/demo", "directory of everything made")
     tokenizer_minutes: float = flag(2.7, "training time of the tokenizer, all of it")
     transformer_minutes: float = flag(4.3, "training time of the transformer, and beside it of the tokenizer's decoder alone")
+
+    def __post_init__(self):
+        for name in ("tokenizer_minutes", "transformer_minutes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name}={getattr(self, name)}: give more than 0")
 
 
 def precision() -> int:
@@ -236,6 +242,7 @@ def main() -> None:
     config = cli.parse(DemoConfig, __doc__)
     start = time.monotonic()
     out = Path(config.out)
+    check_folder(out, "--out")
     names = ("images", "tokenizer", "tokens", "refined", "transformer")
     images, tokenizer, tokens, refined, transformer = (out / name for name in names)
     fp16 = precision()

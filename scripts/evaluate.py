@@ -26,7 +26,7 @@ from utils.cli import argument, flag, required
 from utils.data.hub_sets import IMAGE_COLUMN_HELP
 from utils.data.pictures import BACKGROUND_HELP, WHITE
 from utils.dump import finished_settings, read_settings
-from utils.files import check_writable
+from utils.files import check_file
 from utils.metrics.bias import find_biases
 from utils.metrics.by_class import ByClass, read_classes, score_by_class
 from utils.metrics.distances import frechet_distance
@@ -135,6 +135,8 @@ class ReconstructionConfig:
             raise ValueError(f"--num={self.num}: give at least 2 images, or 0 for all")
         if self.out:
             plots.check_picture(self.out)
+        if self.out and self.out == self.json:
+            raise ValueError(f"--out={self.out} with --json={self.json}: one would replace the other: give two names")
 
 
 def check_batch(batch: int) -> None:
@@ -144,14 +146,10 @@ def check_batch(batch: int) -> None:
 
 def check_free(path: str, flag: str, overwrite: bool) -> None:
     """ValueError before anything is computed where the result would replace a file unasked."""
-    if path and Path(path).is_dir():
-        raise ValueError(f"{path}: is a directory: give {flag} the name of a file")
     if path and read_settings(Path(path)) is not None:
         raise ValueError(f"{path}: holds the settings of a dump: give another {flag}")
-    if path and Path(path).exists() and not overwrite:
-        raise ValueError(f"{path}: is there already: give another {flag}, or --overwrite")
     if path:
-        check_writable(path)
+        check_file(path, flag, overwrite)
 
 
 # --- looking before anything is computed --------------------------------------------------------------------------------

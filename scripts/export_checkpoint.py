@@ -25,7 +25,7 @@ from utils.checkpoint import (
     write_tensors,
 )
 from utils.cli import argument, flag, required
-from utils.files import replace_file, written_aside
+from utils.files import check_writable, replace_file, written_aside
 from utils.official import tokenizer_to_official
 
 
@@ -44,6 +44,7 @@ def main() -> None:
     out = Path(config.out)
     if out.exists():
         raise ValueError(f"{out}: is there already: give another --out")
+    check_writable(out)
     checkpoint = locate(config.source, wanted="checkpoint").parent
     description = load_description(checkpoint)
     if description is None:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.pyramid import STANDARD_SIDES
 from utils import cli, plots
 from utils.cli import arguments, flag
+from utils.files import check_file
 from utils.runs.log import read_metrics
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
@@ -167,8 +168,7 @@ def make_panels(runs: list[Run], x: str, with_reference: bool) -> list[dict]:
 def main() -> None:
     config = cli.parse(PlotConfig, __doc__)
     out = Path(config.out)
-    if out.exists() and not config.overwrite:
-        raise ValueError(f"{out}: is there already: give another --out, or --overwrite")
+    check_file(out, "--out", config.overwrite)
     runs = [Run(directory, name) for directory, name in zip(config.runs, unique_names(config.runs), strict=True)]
     x = config.x
     if x == "auto":

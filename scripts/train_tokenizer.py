@@ -25,6 +25,7 @@ from trainer import Trainer
 from utils import cli, plots
 from utils.checkpoint import load_fitting_tokenizer
 from utils.data.sources import FolderData
+from utils.files import check_folder
 from utils.losses.adversarial import adaptive_weight, ramp
 from utils.losses.backbones import DinoMaps, EfficientNetMaps
 from utils.losses.critic import Balance, Critic, CriticConfig
@@ -339,6 +340,7 @@ def run_config(config: TokenizerTraining) -> RunConfig:
 
 def main() -> None:
     config = cli.parse(TokenizerTraining, __doc__, defaults=recipe)
+    check_folder(config.out, "--out")
     with process_group() as ranks:
         Trainer(ImageReconstruction(config, ranks), run_config(config), ranks).fit()
 

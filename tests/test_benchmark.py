@@ -3,12 +3,12 @@ import json
 
 import pytest
 import torch
-from commands import ROOT, run_in_process, script
+from commands import ROOT, make_images, run_in_process, script
 from small_models import small_transformer
 
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.transformer import family_config
-from scripts.benchmarks import attention, length, memory, table
+from scripts.benchmarks import attention, check_data, length, memory, table
 from scripts.benchmarks.config import DEFAULTS
 
 benchmark = script("benchmark")
@@ -258,6 +258,24 @@ def test_workers_have_lists_of_names_for_themselves_and_share_arrays(measure, tm
     # a name is an object of 49 bytes and its text, a pair one of 56: all are in pages that a worker writes to
     assert lists["worker_bytes"] > 5000 * (49 + 56)
     assert arrays["worker_bytes"] < lists["worker_bytes"] / 2
+
+
+def test_looking_at_a_folder_counts_all_of_its_pictures_and_processes(measure, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_data, "export_fashion_mnist", make_images)  # 24 and 9
+    words = ["check_data", "--rows=50", "--processes=1,2", "--repeats=1", "--json", tmp_path / "a.json"]
+    code, output, errors = measure(*words)
+    assert code == 0, errors
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [(row["pictures"], row["count"], row["processes"]) for row in rows] == [
+        ("PNG 32x32", 33, 1),
+        ("PNG 32x32", 33, 2),
+        ("JPEG 500x375", 50, 1),
+        ("JPEG 500x375", 50, 2),
+    ]
+    for row in rows:
+        assert row["images_per_cpu_second"] == pytest.approx(row["count"] / row["cpu_seconds"])
+        assert row["cpu_seconds"] > 0.001  # that of the processes that read is counted
+    assert "| JPEG 500x375 | 50 | 2 |" in output
 
 
 def test_defaults_are_of_commands_that_there_are():

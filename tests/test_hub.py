@@ -485,11 +485,18 @@ def test_what_is_to_be_private_is_not_sent_to_a_public_place(hub, logged_in, pub
     ("words", "complaint"),
     [
         (["me/mvar"], "which only this machine has: publish that and give --tokenizer owner/name"),
-        (["me/mvar", "--tokenizer=me/tokenizer"], "me/mvar: not published: "),
+        (
+            ["me/mvar", "--tokenizer=me/tokenizer"],
+            "me/mvar: not published: there is no token here: log in with `hf auth login`",
+        ),
         (["mvar"], "mvar: no name of a repository: give owner/name"),
         (["me/mvar@v1"], "me/mvar@v1: no name of a repository: give owner/name"),
         (["me/mvar", "--dataset=x"], "--dataset=x: says what --scores belong to: give these too"),
         (["me/mvar", "--tokenizer=me/tokenizer", "--scores=README.md"], "README.md: not valid JSON"),
+        (
+            ["me/mvar", "--tokenizer=me/tokenizer", "--scores=results/demo.json"],
+            "results/demo.json: scores: 'command' is 'make demo'",
+        ),
     ],
 )
 def test_what_is_not_published(hub, publish, checkpoint, monkeypatch, words, complaint):
@@ -499,6 +506,14 @@ def test_what_is_not_published(hub, publish, checkpoint, monkeypatch, words, com
     assert complaint in errors
     assert errors.count("\n") == 1
     assert not hub.repositories
+
+
+def test_a_hub_that_does_not_answer_is_noticed_before_anything_is_loaded(hub, logged_in, publish, checkpoint, monkeypatch):
+    hub.broken = True
+    (checkpoint / "model.safetensors").write_bytes(b"")  # to be loaded it would have to be whole
+    code, _, errors = publish(checkpoint, "me/mvar", "--tokenizer=me/tokenizer")
+    assert code == 1
+    assert f"me/mvar: not published: the hub at {hub.url} answered 503: try again later" in errors
 
 
 def test_a_released_file_is_not_published(publish, tmp_path):

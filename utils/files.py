@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,13 +36,35 @@ def rename_whole(aside: Path, target: Path) -> None:
 
 def check_writable(path: str | Path) -> None:
     """ValueError before anything is computed where a file or folder of this name could not be made."""
-    existing = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
-    if existing == Path(path).absolute():
-        existing = existing.parent
+    _check_folder_takes_files(Path(path).absolute().parent, path)
+
+
+def check_file(path: str | Path, flag: str, overwrite: bool) -> None:
+    """The same for a file, which replaces one that is there if it may."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: is a directory: give {flag} the name of a file")
+    if Path(path).exists() and not overwrite:
+        raise ValueError(f"{path}: is there already: give another {flag}, or --overwrite")
+    check_writable(path)
+
+
+def check_folder(path: str | Path, flag: str) -> None:
+    """The same for a folder that files will be put into, whether it is there or not."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f"{path}: is a file: give {flag} the name of a directory")
+    _check_folder_takes_files(Path(path).absolute(), path)
+
+
+def _check_folder_takes_files(folder: Path, path: str | Path) -> None:
+    """ValueError, about `path`, where no file can be made in a folder, or in what there is of those around it."""
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not existing.is_dir():
         raise ValueError(f"{path}: {existing} is a file and no folder: give another name")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{path}: {existing} may not be written to: give another name, or its rights")
+    try:  # rights alone do not tell: the disk may be one that is only read
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path}: {existing} cannot be written to ({error.strerror}): give another name") from error
 
 
 def sha256(path: Path) -> str:

@@ -24,6 +24,7 @@ DEFAULTS: dict[str, dict] = {
     "profile": {"family": "mvar,var"},
     "tokenizer": {"batch": 16},
     "training": {"batch": 16},
+    "check_data": {"rows": 2000},
     "scan": {"depth": "12,16,24", "batch": 8, "pn": "256,512"},
     "table": {
         "family": ",".join(("var", *(family for family in FAMILIES if family != "var"))),
@@ -56,8 +57,11 @@ class BenchmarkConfig:
     threads: str = flag("1,2", "peer: numbers of threads, comma-separated")
     presets: str = flag("f8-32", "tokenizer: presets, comma-separated")
     checkout: str = flag("", "peer: directory of a checkout of FoundationVision/VAR")
-    rows: int | None = flag(None, "tokens, listing: images in the cache, or the folder, that is made for it")
+    rows: int | None = flag(
+        None, "images that are made for it; tokens: in the cache, listing: in the folder, check_data: JPEG files"
+    )
     workers: int = flag(10, "listing: processes that the names are shared with")
+    processes: str = flag("1,2", "check_data: numbers of processes, comma-separated")
     repeats: int = flag(7, f"the median of so many measurements, tokens: of {BATCHES_PER_REPEAT} batches")
     json: str = flag("", "file to store the figures in, with command, machine, versions and commit")
     overwrite: bool = flag(False, "replace what is at --json")
@@ -71,7 +75,7 @@ class BenchmarkConfig:
             raise ValueError(f"--family={self.family}: no {', '.join(unknown)}: give some of {','.join(FAMILIES)}")
         if not all(depth.isdigit() and int(depth) > 0 for depth in self.depth.split(",")):
             raise ValueError(f"--depth={self.depth}: give numbers of blocks such as 12,16")
-        for name in ("sides", "heads", "batches", "threads"):
+        for name in ("sides", "heads", "batches", "threads", "processes"):
             if not all(number.isdigit() and int(number) > 0 for number in getattr(self, name).split(",")):
                 raise ValueError(f"--{name}={getattr(self, name)}: give numbers such as {getattr(BenchmarkConfig, name)}")
         if unknown := sorted(set(self.presets.split(",")) - set(TOKENIZER_PRESETS)):

@@ -36,7 +36,7 @@ class Listing(NamedTuple):
     folder: str  # below the root, empty for the root itself
     layout: str  # in words
     classes: dict[str, Found]  # in the order of their names, which is that of the labels
-    loose: list[str]  # pictures beside the class folders
+    loose: list[str]  # beside the class folders: pictures, and links to nothing, which may have been class folders
     strangers: list[str]  # other files there
     passed_over: list[str]  # hidden, or of systems, there
 
@@ -114,7 +114,7 @@ def list_classes(root: Path, below: str, seen: Callable[[], object] = uncounted)
             listing.passed_over.append(name)
         elif entry.is_dir():
             listing.classes[entry.name] = without_boxes(find_pictures(entry.path, f"{name}/", seen), name)
-        elif entry.name.lower().endswith(EXTENSIONS):
+        elif entry.name.lower().endswith(EXTENSIONS) or not os.path.exists(entry.path):
             listing.loose.append(name)
         else:
             listing.strangers.append(name)

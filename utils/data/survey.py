@@ -37,6 +37,7 @@ class Picture(NamedTuple):
     mode: str = ""
     is_transparent: bool = False  # has an alpha channel or a colour that stands for one
     is_turned: bool = False  # by its EXIF data
+    has_several: bool = False  # pictures, such as frames, of which the first is taken
     digest: str = ""  # of the file's bytes
 
 
@@ -48,7 +49,7 @@ class Split:
     classes: dict[str, list[Picture]]
     strangers: list[str]  # files of other kinds in the class folders
     beside: list[str]  # such files beside them
-    loose: list[str]  # pictures beside the class folders
+    loose: list[str]  # pictures beside the class folders, and links to nothing
     passed_over: list[str]  # hidden files and folders, and those of systems
 
     @property
@@ -78,14 +79,14 @@ def look(path: str) -> Picture:
         with Image.open(path) as file:
             is_transparent = file.mode in WITH_ALPHA or "transparency" in file.info
             is_turned = file.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
-            mode = file.mode
+            mode, has_several = file.mode, getattr(file, "is_animated", False)
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except ValueError as error:
         return Picture(path, str(error))
     except Exception as error:  # such as EXIF data that cannot be understood
         return Picture(path, f"{path}: not a readable image ({error}): repair or remove it")
-    return Picture(path, "", upright.size, mode, is_transparent, is_turned, digest)
+    return Picture(path, "", upright.size, mode, is_transparent, is_turned, has_several, digest)
 
 
 def list_folder(root: Path, val_share: float = 0.0) -> tuple[dict[str, Split], list[Place]]:

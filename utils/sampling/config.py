@@ -83,6 +83,8 @@ class SampleConfig:
         for name, value in PRESETS[self.preset or "fid"].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if not Path(self.out).name:
+            raise ValueError(f"--out={self.out}: no name of a file or folder: give one")
         for setting in self.sweep():
             self.drawing(setting)
         if self.best_of < 1 or (self.best_of > 1) != bool(self.judge):
