@@ -95,9 +95,10 @@ def read_picture(
             upright = ImageOps.exif_transpose(file)
         return opaque(upright, transparency, background)
     except Exception as error:  # whatever a decoder raises: the name of the file is what helps
-        start = start_of(path) if contents is None else contents[:512]
-        if isinstance(error, UnidentifiedImageError) and (what := in_place_of_a_file(start)):
-            raise ValueError(f"{path}: not a readable image: {what}") from error
+        if isinstance(error, UnidentifiedImageError):
+            start = start_of(path) if contents is None else contents[:512]
+            if what := in_place_of_a_file(start):
+                raise ValueError(f"{path}: not a readable image: {what}") from error
         reason = " ".join(str(error).removesuffix(f" {source!r}").rstrip(":").split()) or type(error).__name__
         raise ValueError(f"{path}: not a readable image ({reason}): repair or remove it") from error
 
