@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils.data.images import ImageFiles
 from utils.metrics.distances import DENSITY_K, density_coverage, kernel_distance, nearest
 from utils.metrics.features import Extractor, Features
 from utils.metrics.image_sets import FolderImages, ImageSet, NpzImages, Reference, read_arrays, read_integers
@@ -56,9 +57,9 @@ def read_labels(images: ImageSet) -> Labels | None:
         fitting = [array for array in read_arrays(Path(images.source)) if array.shape == (images.count,)]
         found = [array.name for name in names for array in fitting if array.name == name and array.dtype.kind in "iu"]
         return Labels(read_integers(Path(images.source), found[0]), None) if found else None
-    if not isinstance(images, FolderImages) or not all(isinstance(path, Path) for path in images.paths):
+    if not isinstance(images, FolderImages) or not isinstance(images.files, ImageFiles):
         return None
-    below = [path.relative_to(images.source) for path in images.paths]
+    below = [Path(images.files.name(row)).relative_to(images.source) for row in range(images.count)]
     if all(len(path.parts) > 1 for path in below):
         names = sorted({path.parts[0] for path in below})
         return Labels(np.array([names.index(path.parts[0]) for path in below]), names)
