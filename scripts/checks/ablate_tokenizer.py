@@ -10,7 +10,7 @@ rows in SAMPLED, because a tokenizer's own distance predicts that of samples bad
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -28,6 +28,7 @@ from utils.files import replace_text
 from utils.metrics.judges import Judges, decoded
 from utils.metrics.similarity import psnr, ssim
 from utils.runs.log import read_metrics
+from utils.runs.tokenizer_config import TokenizerTraining
 
 SHIPPED = "as shipped"
 ROWS: dict[str, list[str]] = {
@@ -66,6 +67,7 @@ class Ablation:
     fp16: int = flag(0, "precision of all training: 0, 1 or 2, as in train.py")
     seeds: int = flag(3, "runs of each row, with seeds 0, 1, ...")
     rows: str = flag("", "names of rows, separated by commas; empty: all")
+    score: str = flag("", "directory of a run: it is measured alike, with a row of its own, and nothing is trained")
     transformer_steps: int = flag(0, "steps of an M-VAR on the tokens of some rows, 0: none")
 
 
@@ -80,6 +82,16 @@ def main() -> None:
     if not config.data_path and not images.exists():
         export_fashion_mnist(images)
     judges = None
+    if config.score:
+        judges = Judges(images, TOKENIZER_PRESETS[config.preset].image_shape[0], DECODED)
+        figures = {
+            "row": Path(config.score).name,
+            "settings": settings_of(Path(config.score)),
+            **of_run(judges, Path(config.score)),
+        }
+        evidence.store(path, {"data": config.data_path or "embedded images", "real": of_real(judges), "runs": [figures]})
+        print(json.dumps(figures))
+        return
     for seed in range(config.seeds):
         for name in chosen:
             runs = json.loads(path.read_text())["runs"] if path.exists() else []
@@ -90,7 +102,7 @@ def main() -> None:
                 real = of_real(judges)
             directory = out / f"{name.replace(' ', '_')}_{seed}"
             train(config, name, seed, images, directory)
-            figures = of_tokenizer(judges, directory) | cost(directory)
+            figures = of_run(judges, directory)
             if config.transformer_steps and name in SAMPLED:
                 figures |= of_samples(judges, *sample(config, seed, images, directory))
             runs = json.loads(path.read_text())["runs"] if path.exists() else []  # another process may have added some
@@ -128,6 +140,18 @@ def sample(config: Ablation, seed: int, images: Path, directory: Path) -> tuple[
     drawn = ("--cfg=1.5", "--top_k=0", "--top_p=0.96", "--seed=1", "--format=npz", f"--num={DECODED}", "--batch=100")
     run("sample.py", "--ckpt", transformer, "--overwrite", *drawn, "--out", samples)
     return samples, transformer
+
+
+def of_run(judges: Judges, directory: Path) -> dict[str, float | list[float]]:
+    """What its tokenizer is worth, after how many steps, and how fast they were."""
+    return {"trained_steps": read_metrics(directory)[-1]["step"], **of_tokenizer(judges, directory), **cost(directory)}
+
+
+def settings_of(directory: Path) -> dict:
+    """The flags of a run, but for paths and defaults."""
+    defaults = {field.name: field.default for field in fields(TokenizerTraining)}
+    flags = json.loads((directory / "config.json").read_text())["training"]
+    return {name: value for name, value in flags.items() if value != defaults[name] and "/" not in str(value)}
 
 
 def cost(directory: Path) -> dict[str, float]:
