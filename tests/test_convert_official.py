@@ -1,6 +1,6 @@
 import pytest
 import torch
-from commands import run_in_process, run_in_shell, script
+from commands import run_in_process, script
 from golden_weights import tokenizer_weights, transformer_weights
 from small_models import assert_same_model, small_tokenizer
 
@@ -25,11 +25,11 @@ def released(tmp_path_factory):
     return directory
 
 
-def test_transformer(released, tmp_path):
+def test_transformer(released, tmp_path, convert):
     words = ["--out", tmp_path / "markov", "--family=markov", "--tokenizer=owner/name:vae.pth"]
-    result = run_in_shell("scripts/convert_official.py", released / "var.pth", *words)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [
+    code, output, errors = convert(released / "var.pth", *words)
+    assert code == 0, errors
+    assert output.splitlines() == [
         f"{released / 'var.pth'}: transformer, Markov MVAR d2, 4x4 tokens",
         f"wrote it to {tmp_path / 'markov'}, weights in float32",
     ]

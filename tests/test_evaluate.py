@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import make_tokenizer, run_in_process, run_in_shell, script
+from commands import make_tokenizer, run_in_process, script
+from forked import run_forked
 from PIL import Image
 
 from models.tokenizer import TokenizerConfig
@@ -442,7 +443,7 @@ def test_two_ranks_give_the_scores_of_one(tmp_path, command):
     assert command(*words)[0] == 0
     alone = json.loads((tmp_path / "scores.json").read_text())
     paths = [tmp_path / word if word.endswith((".npz", ".json")) else word for word in words]
-    together = run_in_shell("scripts/evaluate.py", *paths, "--overwrite", ranks=2)
+    together = run_forked("scripts/evaluate.py", *paths, "--overwrite", ranks=2)
     assert together.returncode == 0, together.stderr
     shared = json.loads((tmp_path / "scores.json").read_text())
     assert (alone["ranks"], shared["ranks"]) == (1, 2)
@@ -459,7 +460,7 @@ def test_two_ranks_reconstruct_what_one_does(tmp_path, tokenizer, command):
     assert command(*words, "--out", "picture.png")[0] == 0
     alone, picture = json.loads((tmp_path / "scores.json").read_text()), (tmp_path / "picture.png").read_bytes()
     paths = [tmp_path / word if str(word).startswith(("real.", "scores.")) else word for word in words]
-    together = run_in_shell("scripts/evaluate.py", *paths, "--out", tmp_path / "picture.png", "--overwrite", ranks=2)
+    together = run_forked("scripts/evaluate.py", *paths, "--out", tmp_path / "picture.png", "--overwrite", ranks=2)
     assert together.returncode == 0, together.stderr
     shared = json.loads((tmp_path / "scores.json").read_text())
     assert_nearly_equal(shared["scores"], alone["scores"])
@@ -475,7 +476,7 @@ def test_a_bad_file_that_one_rank_finds_ends_both_with_one_line(tmp_path):
     (folder / "17.png").write_bytes((folder / "17.png").read_bytes()[:120])
     out = tmp_path / "statistics.npz"
     words = ["scripts/evaluate.py", "stats", folder, "--out", out, "--batch=4", "--extractor=efflite0"]
-    found = run_in_shell(*words, ranks=2, timeout=100)
+    found = run_forked(*words, ranks=2, timeout=100)
     assert found.returncode != 0
     assert found.stderr.count("error: ") == 1
     assert "[rank 1]: error: " in found.stderr
@@ -617,9 +618,7 @@ def test_wrong_files_get_one_line_and_nothing_is_written(tmp_path, small, comman
 def test_nothing_is_executed_from_the_shell_either(tmp_path):
     np.savez(tmp_path / "trap.npz", arr_0=np.array([Trap(tmp_path / "executed")] * 9))
     save(tmp_path, real=some_images(9))
-    found = run_in_shell(
-        "scripts/evaluate.py", tmp_path / "trap.npz", tmp_path / "real.npz", "--json", tmp_path / "scores.json"
-    )
+    found = run_forked("scripts/evaluate.py", tmp_path / "trap.npz", tmp_path / "real.npz", "--json", tmp_path / "scores.json")
     assert (found.returncode, found.stdout) == (1, "")
     assert "trap.npz: not a readable .npz (arr_0 holds pickled objects, which are not loaded)" in found.stderr
     assert found.stderr.count("\n") == 1

@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from commands import SMALL, run_in_process, run_in_shell
+from commands import SMALL, run_in_process
+from forked import run_forked
 from PIL import Image
 
 import train
@@ -50,7 +51,7 @@ def test_training_logs_the_same_distances_on_one_rank_and_on_two(images, tokeniz
     figures = {}
     for ranks, parallel in ((1, "ddp"), (2, "fsdp")):  # sharded: no rank may be without a part in drawing the samples
         run = tmp_path / parallel
-        result = run_in_shell(*words, f"--parallel={parallel}", "--local_out_dir_path", run, ranks=ranks)
+        result = run_forked(*words, f"--parallel={parallel}", "--local_out_dir_path", run, ranks=ranks)
         assert result.returncode == 0, result.stderr
         entries = [entry for entry in read_metrics(run) if "val_fd" in entry]
         figures[ranks] = np.array([[entry["val_fd"], entry["val_fd_real"]] for entry in entries])
@@ -63,7 +64,7 @@ def test_training_logs_the_same_distances_on_one_rank_and_on_two(images, tokeniz
 
 def test_a_token_cache_takes_its_images_from_the_data_path(images, tokenizer, tmp_path, monkeypatch, capsys):
     cache = ["scripts/cache_tokens.py", "--vae", tokenizer, "--data_path", images, "--out", tmp_path / "tokens", "--resize=1"]
-    assert run_in_shell(*cache).returncode == 0
+    assert run_forked(*cache).returncode == 0
     words = [*SMALL, *TRAINING, "--token_cache", tmp_path / "tokens", "--local_out_dir_path", tmp_path / "run"]
     code, _, errors = run_in_process(train.main, [*words, "--data_path=/missing"], monkeypatch, capsys)
     assert code == 1

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from commands import CLASSES, make_images
+from commands import CLASSES, export_some, make_images, some_of_fashion_mnist
 
 from utils.data import batches
 from utils.data.batches import TrainOrder, in_order, train_batches, val_batches, worker_count
-from utils.data.fashion_mnist import FASHION_MNIST_CLASSES, export_fashion_mnist, read_fashion_mnist
+from utils.data.fashion_mnist import FASHION_MNIST_CLASSES, export_fashion_mnist
 from utils.data.images import Images, read_folders
 
 
@@ -122,14 +122,14 @@ def test_validation_sees_each_image_once_over_all_ranks():
 
 
 def test_embedded_images_are_split_by_a_fixed_rule(tmp_path):
-    export_fashion_mnist(tmp_path / "images")
+    export_some(tmp_path / "images")
     train, val = read_folders(tmp_path / "images")
-    assert (len(train.paths), len(val.paths)) == (9000, 1000)
+    assert (len(train.paths), len(val.paths)) == (900, 100)
     assert train.class_names == sorted(FASHION_MNIST_CLASSES)
     image, label = Images(val, 32, resize=1.0)[(0, 0)]
     assert image.shape == (3, 32, 32)
     assert val.class_names[label] in val.paths[0]
-    originals, labels = read_fashion_mnist()
+    originals, labels = some_of_fashion_mnist()
     number = int(val.paths[0].rsplit("/", 1)[1].removesuffix(".png"))
     assert number % 10 == 9
     np.testing.assert_array_equal(((image[0, 2:30, 2:30] + 1) * 127.5).round().numpy(), originals[number])

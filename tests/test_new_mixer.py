@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from commands import SMALL, assert_same_training, run_in_process, run_in_shell, script
+from commands import SMALL, assert_same_training, run_in_process, script
+from forked import run_forked
 from safetensors.torch import load_file
 from small_models import CODE_DIM, NUM_CLASSES, seeded, small_tokenizer, small_transformer
 from toy_mixer import FAMILIES, RunningMean
@@ -118,7 +119,7 @@ def test_it_trains_resumes_and_is_sampled_from(source, tmp_path, command):
 def test_two_sharded_ranks_train_and_resume_it(source, tmp_path):
     flags = [*source, "--parallel=fsdp", "--fp16=2", "--keep=3", "--local_out_dir_path"]
     for name in ("whole", "stopped"):
-        result = run_in_shell("tests/toy_mixer.py", *flags, tmp_path / name, ranks=2)
+        result = run_forked("tests/toy_mixer.py", *flags, tmp_path / name, ranks=2)
         assert result.returncode == 0, result.stderr
         if name == "whole":  # as it was when half of it was done
             shutil.copytree(tmp_path / "whole", tmp_path / "stopped")

@@ -4,7 +4,8 @@ import re
 import shlex
 
 import pytest
-from commands import ROOT, export_some, run_in_shell, script
+from commands import ROOT, export_some, script
+from forked import run_forked
 
 from sample import SampleConfig
 from utils import cli
@@ -94,13 +95,13 @@ def test_the_commands_for_own_images_run(tmp_path):
         words = [re.sub("^out/", f"{tmp_path}/", word) for word in words[1:]]
         if "--max_minutes" in words:
             words[words.index("--max_minutes") + 1] = "0.05"
-        result = run_in_shell(*words)
+        result = run_forked(*words)
         assert result.returncode == 0, (words, result.stderr)
     assert (tmp_path / "samples.png").exists()
     for words in commands("Evaluate")[3:]:
         words = [re.sub("^out/", f"{tmp_path}/", word) for word in words[1:]]
         words = ["40" if word in ("500", "200") else word for word in words]
-        result = run_in_shell(*words)
+        result = run_forked(*words)
         assert result.returncode == 0, (words, result.stderr)
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     variables = {}

@@ -16,10 +16,10 @@ from commands import (
     assert_same_training,
     environment,
     run_in_process,
-    run_in_shell,
     script,
     shell_words,
 )
+from forked import Forked, run_forked
 
 import train
 from models.tokenizer import VQVAE
@@ -44,7 +44,7 @@ def source(images, tokenizer):
 def whole(source, tmp_path_factory):
     """An uninterrupted run of four steps, with dropouts on."""
     run = tmp_path_factory.mktemp("whole")
-    result = run_in_shell("train.py", *source, "--local_out_dir_path", run)
+    result = run_forked("train.py", *source, "--local_out_dir_path", run)
     assert result.returncode == 0, result.stderr
     return run
 
@@ -229,8 +229,9 @@ def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_at_most(
     function, call, before, whole, source, tmp_path, command
 ):
     code = KILL_WHILE_SAVING.format(function=function, call=call, before=before)
-    words = ["-c", code, *source, "--local_out_dir_path", tmp_path / "run"]
-    assert run_in_shell(*words).returncode == -signal.SIGKILL
+    (tmp_path / "killed.py").write_text(code)
+    words = [tmp_path / "killed.py", *source, "--local_out_dir_path", tmp_path / "run"]
+    assert run_forked(*words).returncode == -signal.SIGKILL
     assert steps(tmp_path / "run")[0] == "step_2"
     result, output, _ = command(*source, "--local_out_dir_path", tmp_path / "run")
     assert result == 0
@@ -242,7 +243,7 @@ def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_at_most(
 def test_one_killed_rank_of_two_is_restarted_by_torchrun_and_nothing_is_lost(source, tmp_path):
     """Elastic restart: the result is that of a run that nobody killed, bit for bit."""
     flags = [*source, "--ac=2", "--max_steps=40", "--save_every=5", "--keep=1", "--local_out_dir_path"]
-    assert run_in_shell("train.py", *flags, tmp_path / "whole", ranks=2).returncode == 0
+    assert run_forked("train.py", *flags, tmp_path / "whole", ranks=2).returncode == 0
     words = shell_words("train.py", *flags, tmp_path / "killed", ranks=2)
     words.insert(words.index("--standalone"), "--max-restarts=1")
     with open(tmp_path / "output", "w") as output:
@@ -257,12 +258,9 @@ def test_one_killed_rank_of_two_is_restarted_by_torchrun_and_nothing_is_lost(sou
 
 def test_a_killed_run_of_two_ranks_goes_on_with_one(source, tmp_path, command):
     flags = [*source, "--max_steps=4000", "--local_out_dir_path", tmp_path]
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(shell_words("train.py", *flags, ranks=2), cwd=ROOT, env=environment(), **silent)
-    wait_for(lambda: checkpoints(tmp_path))
-    for victim in (process.pid, *children(process.pid)):  # torchrun first, or it would end the others gently
-        os.kill(victim, signal.SIGKILL)
-    process.wait()
+    with Forked("train.py", *flags, ranks=2) as killed:
+        wait_for(lambda: checkpoints(tmp_path))
+        killed.kill()
     saved = int(steps(tmp_path)[-1].removeprefix("step_"))
     code, output, errors = command(*flags, f"--max_steps={saved + 2}")
     assert code == 0, errors
@@ -283,16 +281,11 @@ def wait_for(condition) -> None:
 
 
 def test_two_runs_do_not_share_a_directory(source, tmp_path, command):
-    words = shell_words("train.py", *source, "--max_steps=4000", "--local_out_dir_path", tmp_path)
-    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
+    with Forked("train.py", *source, "--max_steps=4000", "--local_out_dir_path", tmp_path):
         wait_for(lambda: checkpoints(tmp_path))
         code, _, errors = command(*source, "--local_out_dir_path", tmp_path)
         assert code == 1
         assert "another process is writing there: end it first, or give another directory" in errors
-    finally:
-        process.kill()
-        process.wait()
     saved = int(steps(tmp_path)[-1].removeprefix("step_"))
     code, output, _ = command(*source, f"--max_steps={saved + 1}", "--local_out_dir_path", tmp_path)
     assert code == 0  # the dead process keeps nobody out

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from commands import CLASSES, TINY_TOKENIZER, run_in_process, run_in_shell
+from forked import run_forked
 from golden_weights import tokenizer_weights, transformer_weights
 from PIL import Image
 
@@ -90,7 +91,7 @@ def test_a_dump_is_the_same_however_it_was_made(checkpoint, tmp_path, command, m
         patch.setattr(sample.Dump, "write", write_five)
         assert command("--ckpt", checkpoint, *dump_flags(tmp_path / "two.npz", "--batch=32", begun))[0] == 1
     assert not (tmp_path / "two.npz").exists()
-    result = run_in_shell("sample.py", "--ckpt", checkpoint, *dump_flags(tmp_path / "two.npz", "--batch=32"), ranks=2)
+    result = run_forked("sample.py", "--ckpt", checkpoint, *dump_flags(tmp_path / "two.npz", "--batch=32"), ranks=2)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "two.npz"]

@@ -3,8 +3,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import CLASSES, ROOT, SMALL, TINY_TOKENIZER, environment, run_in_process, run_in_shell, script, shell_words
+from commands import CLASSES, SMALL, TINY_TOKENIZER, run_in_process, script
+from forked import Forked, run_forked
 
 import train
 from models.pyramid import Pyramid
@@ -204,11 +203,11 @@ def test_two_ranks_write_what_one_writes(cache, images, tokenizer, tmp_path):
     expected = contents(cache(*TWO_SHARDS))
     assert len(expected) == 3 * len(ARRAYS) + 1
     words = ["scripts/cache_tokens.py", "--vae", tokenizer, "--data_path", images, "--out", tmp_path / "two", *TWO_SHARDS]
-    done = run_in_shell(*words, ranks=2)
+    done = run_forked(*words, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote 1200 + 9 token pyramids") == 1
     assert contents(tmp_path / "two") == expected
-    again = run_in_shell(*words, ranks=2, timeout=60)
+    again = run_forked(*words, ranks=2, timeout=60)
     assert again.returncode == 1
     assert "a finished token cache is there" in again.stderr
     assert contents(tmp_path / "two") == expected
@@ -217,19 +216,18 @@ def test_two_ranks_write_what_one_writes(cache, images, tokenizer, tmp_path):
 def test_a_killed_run_is_resumed_by_another_number_of_ranks(cache, images, tokenizer, tmp_path):
     out = tmp_path / "killed"
     words = ["scripts/cache_tokens.py", "--vae", tokenizer, "--data_path", images, "--out", out, *THREE_SHARDS]
-    process = subprocess.Popen(shell_words(*words), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
-    while not (out / "train_00000_source.npy").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with Forked(*words) as command:
+        while not (out / "train_00000_source.npy").exists():
+            assert command.is_running()
+            time.sleep(0.01)
+        command.kill()
     left = contents(out)
     assert "manifest.json" not in left
     assert "plan.json" in left
     (out / ".train_00001_tokens.npy.1.writing").write_bytes(b"half")  # had it been killed while writing
     stamp = (out / "train_00000_tokens.npy").stat().st_mtime_ns
 
-    done = run_in_shell(*words, ranks=2)
+    done = run_forked(*words, ranks=2)
     assert done.returncode == 0, done.stderr
     assert (out / "train_00000_tokens.npy").stat().st_mtime_ns == stamp
     assert contents(out) == contents(cache(*THREE_SHARDS))

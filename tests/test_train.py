@@ -11,6 +11,7 @@ from commands import (
     run_in_process,
     run_in_shell,
 )
+from forked import run_forked
 from safetensors import safe_open
 
 import train
@@ -235,7 +236,7 @@ def test_wrong_flags_get_one_line(flags, message, images, tokenizer, tmp_path, c
 
 def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(images, tokenizer, tmp_path):
     flags = ["--vae", tokenizer, "--data_path", images, "--local_out_dir_path", tmp_path / "run"]
-    result = run_in_shell("train.py", *SMALL, "--bs=9", *flags, ranks=2)
+    result = run_forked("train.py", *SMALL, "--bs=9", *flags, ranks=2)
     assert result.returncode != 0
     assert "--bs=9 does not divide by 2 ranks x --ac=1: give a multiple of 2" in result.stderr
 

@@ -1,13 +1,12 @@
 import json
 import shutil
-import signal
-import subprocess
 import time
 
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, assert_same_training, environment, make_images, run_in_process, run_in_shell, script, shell_words
+from commands import assert_same_training, make_images, run_in_process, script
+from forked import Forked, run_forked
 from golden_weights import tokenizer_weights
 from PIL import Image
 from safetensors.torch import load_file
@@ -93,13 +92,6 @@ def test_the_discriminator_waits_for_its_time_and_learns_to_tell_images_apart(im
 def test_bfloat16_trains(images, tmp_path, command):
     code, _, errors = command(*FLAGS, "--max_steps=2", "--fp16=2", "--data_path", images, "--out", tmp_path)
     assert code == 0, errors
-
-
-def test_two_ranks_train(images, tmp_path):
-    flags = ["--preset=f8-32", "--bs=4", "--max_steps=2", "--data_path", images, "--out", tmp_path]
-    result = run_in_shell("scripts/train_tokenizer.py", *flags, ranks=2)
-    assert result.returncode == 0, result.stderr
-    assert checkpoints(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +298,7 @@ def test_one_and_two_ranks_take_the_same_steps(images, tmp_path):
     flags = ["--preset=f8-32", "--bs=4", "--max_steps=4", "--gan_from=0", "--gan_adaptive", "--restart_every=0", "--resize=1"]
     flags += ["--log_every=1", "--gan_width=8", "--data_path", images]
     for ranks in (1, 2):
-        result = run_in_shell("scripts/train_tokenizer.py", *flags, "--out", tmp_path / str(ranks), ranks=ranks)
+        result = run_forked("scripts/train_tokenizer.py", *flags, "--out", tmp_path / str(ranks), ranks=ranks)
         assert result.returncode == 0, result.stderr
     one, two = (read_metrics(tmp_path / str(ranks)) for ranks in (1, 2))
     for name in ("loss", "gan_weight", "discriminator_loss", "grad_norm", "val_psnr"):
@@ -317,7 +309,7 @@ def test_one_and_two_ranks_take_the_same_steps(images, tmp_path):
 def test_restarted_codes_are_the_same_on_two_ranks(images, tmp_path):
     flags = ["--preset=f8-32", "--bs=4", "--max_steps=5", "--restart_every=1", "--gan_from=0", "--gan_width=8"]
     run = [*flags, "--data_path", images, "--out", tmp_path]
-    result = run_in_shell("tests/two_tokenizers.py", *run, ranks=2)
+    result = run_forked("tests/two_tokenizers.py", *run, ranks=2)
     assert result.returncode == 0, result.stderr
     assert "the same tokenizer on both ranks" in result.stdout
     assert "the same discriminator on both ranks" in result.stdout
@@ -329,18 +321,17 @@ def test_a_killed_run_with_a_discriminator_ends_as_if_never_killed(images, tmp_p
     flags += ["--log_every=1", "--keep=9", "--data_path", images]
 
     def words(name):
-        return shell_words("scripts/train_tokenizer.py", *flags, "--out", tmp_path / name)
+        return ["scripts/train_tokenizer.py", *flags, "--out", tmp_path / name]
 
-    assert run_in_shell(*words("whole")[1:]).returncode == 0
+    assert run_forked(*words("whole")).returncode == 0
     for step in (2, 7):
-        process = subprocess.Popen(words("killed"), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            log = tmp_path / "killed" / "metrics.jsonl"
-            if log.exists() and log.read_text().count('"loss"') >= step:
-                break
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert run_in_shell(*words("killed")[1:]).returncode == 0
+        with Forked(*words("killed")) as command:
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and command.is_running():
+                log = tmp_path / "killed" / "metrics.jsonl"
+                if log.exists() and log.read_text().count('"loss"') >= step:
+                    break
+                time.sleep(0.01)
+            command.kill()
+    assert run_forked(*words("killed")).returncode == 0
     assert_same_training(tmp_path / "whole", tmp_path / "killed")

@@ -78,7 +78,7 @@ def make_jpegs(root: Path, count: int) -> None:
 def survey(root: Path, processes: int) -> tuple[int, float, float]:
     """Number of pictures, seconds by the clock and of processors. ValueError where one is found to be faulty."""
     start, cpu_start = time.perf_counter(), cpu_time()
-    splits, places = list_folder(root, ("train", "val"))
+    splits, places = list_folder(root)
     for place, picture in look_at(places, processes):
         splits[place.split].classes[place.label].append(picture)
     duplicates(splits)
