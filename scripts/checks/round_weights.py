@@ -61,7 +61,7 @@ def rounded(model: nn.Module, precision: str, what: str) -> nn.Module:
 
 @torch.inference_mode()
 def of_tokenizer(exact: VQVAE, other: VQVAE, batches: list[tuple[Tensor, Tensor]]) -> dict:
-    """Shares of changed tokens by scale, and root mean square difference of decoded pixels, of 255, the tokens being the same."""
+    """Shares of changed tokens by scale; of pixels, decoded from the same tokens, the rms difference, of 255."""
     changed, squares = torch.zeros(exact.pyramid.num_scales, dtype=torch.float64), []
     for images, _ in batches:
         expected, found = exact.encode(images), other.encode(images)
