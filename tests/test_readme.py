@@ -76,7 +76,7 @@ def test_no_number_of_gpus_is_assumed():
 
 
 @pytest.mark.parametrize(
-    ("page", "count"), [("training", 7), ("evaluation", 7), ("speed", 7), ("tokenizer", 4), ("finetuning", 5)]
+    ("page", "count"), [("training", 8), ("evaluation", 7), ("speed", 7), ("tokenizer", 4), ("finetuning", 5)]
 )
 def test_the_commands_of_the_pages_parse(page, count):
     text = (ROOT / "docs" / f"{page}.md").read_text()
