@@ -76,7 +76,6 @@ def make_sampler(
     """What samples cohorts. ValueError if the models do not fit."""
     refiner, judge = helpers or Helpers()
     how = config.drawing(setting)
-    how.guided(transformer.pyramid.num_scales)
     if config.cuda_graph:
         draw = CapturedSampler(transformer, tokenizer, how, COHORT_SIZE["cuda"], refiner=refiner)
     else:
@@ -304,6 +303,8 @@ def main() -> None:
         transformer, tokenizer, class_names = load_models(config, ranks.device)
         helpers = Helpers.load(config, transformer, ranks.device)
         check_models(transformer, tokenizer, helpers.refiner)
+        for setting in settings:
+            config.drawing(setting).guided(transformer.pyramid.num_scales)
         scan_choice = choose_scan_(transformer, config.scan_backend, ranks.device)
         models = {"transformer_sha256": transformer, "tokenizer_sha256": tokenizer}
         weights = {name: weights_hash(model) for name, model in models.items()} if config.is_dump else {}

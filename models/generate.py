@@ -76,7 +76,7 @@ class SamplingConfig:
             return range(0)
         first, last = self.guidance_scales or (1, num_scales)
         if last > num_scales:
-            raise ValueError(f"guidance_scales={self.guidance_scales}: the pyramid has {num_scales} scales")
+            raise ValueError(f"guided scales {first}-{last}: the pyramid has {num_scales} scales")
         return range(first - 1, last)
 
     def strength(self, progress: float) -> float:

@@ -13,11 +13,12 @@ from PIL import Image
 
 import sample
 from models.precision import Precision
+from models.storage import write_tensors
 from models.tokenizer import VQVAE
 from models.transformer import build_transformer
 from utils.checkpoint import Description, load_tokenizer, load_transformer, save_model
 from utils.data.token_cache import fingerprint
-from utils.files import written_aside
+from utils.files import sha256, written_aside
 
 
 @pytest.fixture(scope="module")
@@ -436,6 +437,14 @@ def test_an_overwritten_folder_keeps_no_older_images(checkpoint, tmp_path, comma
         (["--out=/dev/null/a.png"], "/dev/null/a.png: /dev/null is a file and no folder: give another name"),
         (["--out=a.psd"], "a.psd: is to be a picture: give a name that ends in .png"),
         (["--cfg=1e38", "--num=1", "--classes=0"], "logits are not finite"),
+        (["--cfg_scales=2-12"], "guided scales 2-12: the pyramid has"),
+        (["--cfg_scales=all"], "--cfg_scales=all: give the first and the last guided scale"),
+        (["--temperature=0"], "--temperature=0: give a number above 0"),
+        (["--min_p=2"], "min_p=2.0: give a share from 0 to 1"),
+        (["--best_of=2"], "--best_of=2 --judge=: give both"),
+        (["--best_of=2", "--judge=gone.pth"], "--judge=gone.pth: no such file: give efflite0"),
+        (["--best_of=2", "--judge=efflite0"], "--judge=efflite0: knows 1000 classes, the transformer 3"),
+        (["--draft_scales=2"], "--draft_scales=2: give both, or neither"),
         (["--precision=half"], "precision 'half': give one of float32, tf32, bfloat16, float16"),
         (["--precision=tf32,float32"], "tf32 is a setting of the whole process"),
         (["--format=gif"], "invalid choice: 'gif'"),
@@ -472,3 +481,33 @@ def test_a_tokenizer_is_no_transformer(checkpoint, tokenizer, tmp_path, command)
     code, _, errors = command("--ckpt", tokenizer, "--out", tmp_path / "x.png")
     assert code == 1
     assert "describes a tokenizer, not a transformer" in errors
+
+
+def test_a_second_transformer_draws_the_fine_scales(checkpoint, tmp_path, command):
+    common = ["--ckpt", checkpoint, "--format=npz", "--num=3", "--precision=float32", "--seed=5"]
+    pair = ["--refine_ckpt", checkpoint, "--draft_scales"]
+    for name, words in (("alone", []), ("pair", [*pair, "2"])):
+        code, _, errors = command(*common, *words, "--out", tmp_path / f"{name}.npz")
+        assert code == 0, errors
+    alone, both = (np.load(tmp_path / f"{name}.npz") for name in ("alone", "pair"))
+    assert np.abs(alone["arr_0"].astype(int) - both["arr_0"]).max() <= 1  # of the same weights the same images
+    settings = json.loads(str(both["settings"]))
+    assert settings["refiner_sha256"] == settings["transformer_sha256"]
+    code, _, errors = command(*common, *pair, "9", "--out", tmp_path / "beyond.npz")
+    assert code == 1
+    assert "9 drafted scales: the pyramid has" in errors
+    assert not list(tmp_path.glob("*beyond*"))
+
+
+def test_the_best_of_several_is_kept_and_told(checkpoint, tmp_path, command):
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    judge = tmp_path / "resnet18.safetensors"
+    write_tensors(judge, resnet18(num_classes=3).state_dict())
+    words = ["--ckpt", checkpoint, "--format=npz", "--num=3", "--best_of=3", "--judge", judge, "--out", tmp_path / "best.npz"]
+    code, _, errors = command(*words)
+    assert code == 0, errors
+    assert f"best of 3 by {judge}: " in errors
+    assert "33% of all candidates are kept" in errors
+    assert json.loads(str(np.load(tmp_path / "best.npz")["settings"]))["judge_sha256"] == sha256(judge)
