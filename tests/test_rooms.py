@@ -27,7 +27,7 @@ ROOMS = {
     "models/": "models",
 }
 ALLOWED = {
-    "checks": {"loading", "runs", "metrics", "data", "utils", "models"},
+    "checks": {"loading", "runs", "sampling", "metrics", "data", "utils", "models"},
     "benchmarks": {"commands", "trainer", "loading", "runs", "data", "dist", "utils", "models"},
     "commands": {"trainer", "loading", "tasks", "losses", "runs", "sampling", "metrics", "data", "dist", "utils", "models"},
     "trainer": {"runs", "data", "dist", "utils"},

@@ -1,0 +1,183 @@
+"""Sample from the same weights in many ways and score all alike: which of them is worth its time.
+
+    python scripts/checks/compare_drawing.py --ckpt out/demo/transformer --vae out/demo/refined --data_path out/demo/images
+
+Every row is sample.py with the flags of its name, three seeds each. A row whose mean is inside the spread of another is not
+better than it. The judge of best-of rows is a MobileNet, trained here on the training images unless one is given; the scores
+are by EfficientNet-Lite0 and by another classifier, which know nothing of it. The JSON grows by a run at a time, and a
+second call goes on where the first was stopped.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.storage import write_tensors
+from scripts.checks.processes import run
+from utils import cli, evidence
+from utils.checkpoint import load_tokenizer, load_transformer
+from utils.cli import flag, required
+from utils.files import replace_text
+from utils.metrics.distances import precision_recall
+from utils.metrics.judges import Judges
+from utils.metrics.measure import batch_size, measure_batches
+from utils.sampling.judging import DEVIATION, MEAN, SIDE
+
+JUDGE_EPOCHS, JUDGE_BATCH = 2, 64
+PUBLISHED = "as published"
+ROWS: dict[str, list[str]] = {
+    PUBLISHED: [],
+    "no guidance": ["--cfg=0"],
+    "guidance 1": ["--cfg=1"],
+    "guidance 2.5": ["--cfg=2.5"],
+    "constant guidance, half as strong": ["--cfg=0.75", "--cfg_schedule=constant"],
+    "cosine guidance": ["--cfg_schedule=cosine"],
+    "guidance from the second scale on": ["--cfg_scales=2-{last}"],
+    "no guidance at the last scale": ["--cfg_scales=1-{last_but_one}"],
+    "temperature 0.9": ["--temperature=0.9"],
+    "temperature 1 to 0.8": ["--temperature=1,0.8"],
+    "temperature 1.1 to 0.9": ["--temperature=1.1,0.9"],
+    "min-p 0.02 alone": ["--min_p=0.02", "--top_p=0"],
+    "min-p 0.05": ["--min_p=0.05"],
+    "best of 4": ["--best_of=4", "--judge={judge}"],
+    "best of 4, no guidance": ["--best_of=4", "--judge={judge}", "--cfg=0"],
+}
+SECOND = "coarse scales by the first, the rest by the second"
+SECOND_ALONE = "the second alone"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Flags of scripts/checks/compare_drawing.py."""
+
+    ckpt: str = required("transformer")
+    vae: str = required("its tokenizer")
+    data_path: str = required("directory with the train/ and val/ that they were trained on")
+    second: str = flag("", "a second transformer of the same tokenizer, for two rows more")
+    drafted: int = flag(2, "--second: so many scales are drawn by the first")
+    judge: str = flag("", "weights of a torchvision classifier of these classes; empty: one is trained")
+    top_p: float = flag(0.96, "of all rows that do not say otherwise")
+    top_k: int = flag(0, "likewise, 0: all codes")
+    num: int = flag(1000, "samples of each row and seed, evenly over the classes")
+    seeds: int = flag(3, "0, 1, ...")
+    out: str = flag("out/drawing", "directory of the samples")
+    json: str = flag("results/drawing.json", "what was measured, a list of runs; grows")
+
+
+def main() -> None:
+    config = cli.parse(Comparison, __doc__)
+    transformer, tokenizer = load_transformer(config.ckpt), load_tokenizer(config.vae)
+    path, judges = Path(config.json), None
+    judge = Path(config.judge or Path(config.out) / "mobilenet_v3_small.safetensors")
+    for seed in range(config.seeds):
+        for name, flags in rows_of(config, transformer.pyramid.num_scales, judge).items():
+            runs = json.loads(path.read_text())["runs"] if path.exists() else []
+            if any((known["row"], known["seed"]) == (name, seed) for known in runs):
+                continue
+            if judges is None:
+                judges = Judges(config.data_path, tokenizer.config.image_shape[0], config.num)
+            if str(judge) in " ".join(flags) and not judge.exists():
+                train_judge(judges.train, judges.train_labels, transformer.config.num_classes, judge)
+            samples = Path(config.out) / f"{name.replace(' ', '_').replace(',', '')}_{seed}.npz"
+            start = time.monotonic()
+            draw(config, name, flags, seed, samples)
+            figures = {"row": name, "seed": seed, "seconds": time.monotonic() - start, **scores(judges, samples)}
+            runs.append(figures)
+            evidence.store(path, {"flags": ROWS, "runs": runs})
+            replace_text(path.with_suffix(".md"), table(runs))
+            print(json.dumps(figures), flush=True)
+
+
+def rows_of(config: Comparison, num_scales: int, judge: Path) -> dict[str, list[str]]:
+    """Rows that can be made of what is given, with their flags."""
+    known = {"last": num_scales, "last_but_one": num_scales - 1, "judge": judge}
+    rows = {name: [text.format(**known) for text in flags] for name, flags in ROWS.items()}
+    if config.second:
+        rows[SECOND] = [f"--refine_ckpt={config.second}", f"--draft_scales={config.drafted}"]
+        rows[SECOND_ALONE] = []
+    return rows
+
+
+def draw(config: Comparison, name: str, flags: list[str], seed: int, samples: Path) -> None:
+    ckpt = config.second if name == SECOND_ALONE else config.ckpt
+    words = ("--ckpt", ckpt, "--vae", config.vae, "--out", samples, "--overwrite", "--format=npz", f"--num={config.num}")
+    words += (f"--top_k={config.top_k}", f"--top_p={config.top_p}", f"--seed={seed}", "--precision=float32", "--batch=64")
+    run("sample.py", *words, *flags)
+
+
+def train_judge(images: np.ndarray, labels: np.ndarray, num_classes: int, path: Path) -> None:
+    """A MobileNet on images (N, H, W, 3) uint8, seen as utils/sampling/judging.py shows them to it."""
+    from torchvision.models import mobilenet_v3_small  # here, as it takes a second
+
+    torch.manual_seed(0)
+    network = mobilenet_v3_small(num_classes=num_classes)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    pixels, targets = torch.from_numpy(images), torch.from_numpy(labels)
+    for epoch in range(JUDGE_EPOCHS):
+        for rows in torch.randperm(len(pixels)).split(JUDGE_BATCH):
+            loss = F.cross_entropy(network(as_judged(pixels[rows])), targets[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        print(f"judge: epoch {epoch + 1} of {JUDGE_EPOCHS}, loss {loss.item():.3f}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, network.state_dict())
+
+
+def as_judged(pixels: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, SIDE, SIDE)."""
+    images = F.interpolate(pixels.permute(0, 3, 1, 2).float() / 255, (SIDE, SIDE), mode="bilinear")
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    return (images - mean) / deviation
+
+
+def scores(judges: Judges, samples: Path) -> dict[str, float]:
+    """Distances from the held-out images, precision and recall beside the training images, classes that are recognised."""
+    with np.load(samples, allow_pickle=False) as archive:
+        made, labels = archive["arr_0"], archive["labels"]
+    distances, network = judges.distances(made), judges.networks["efflite0"]
+    size = batch_size(network)
+    features = [
+        measure_batches(network, (images[i : i + size] for i in range(0, len(images), size)), "images").features.pooled
+        for images in (judges.train[judges.chosen], made)
+    ]
+    precision, recall = precision_recall(*features)
+    return {
+        "fd": distances["efflite0"],
+        "fd_classifier": distances["classifier"],
+        "precision": precision,
+        "recall": recall,
+        "recognised": judges.classifier.accuracy(made, labels),
+    }
+
+
+def table(runs: list[dict]) -> str:
+    """Markdown: means over the seeds and, behind ±, standard deviations."""
+    titles = {
+        "fd": ("FD-EffLite0", ".1f"),
+        "fd_classifier": ("FD-classifier", ".2f"),
+        "precision": ("precision", ".3f"),
+        "recall": ("recall", ".3f"),
+        "recognised": ("recognised", ".3f"),
+        "seconds": ("seconds, start included", ".0f"),
+    }
+    lines = ["| | seeds | " + " | ".join(title for title, _ in titles.values()) + " |"]
+    lines.append("|---" * (len(titles) + 2) + "|")
+    for name in dict.fromkeys(known["row"] for known in runs):
+        own = [known for known in runs if known["row"] == name]
+        cells = [evidence.with_spread([known[key] for known in own], form) for key, (_, form) in titles.items()]
+        lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    cli.run(main)
