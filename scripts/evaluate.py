@@ -44,7 +44,7 @@ from utils.metrics.image_sets import (
 )
 from utils.metrics.measure import Measured, batch_size, measure
 from utils.metrics.reconstruction import BATCH, measure_reconstruction
-from utils.metrics.scores import in_halves, notes_on_distance, notes_on_scores, score
+from utils.metrics.scores import in_halves, notes_on_distance, notes_on_judge, notes_on_scores, score
 from utils.metrics.similarity import LPIPS, LPIPS_SIDE, WINDOW, load_lpips
 
 IMAGES = "an .npz, a folder of PNG or JPEG, or a data set, hf:DIRECTORY:SPLIT or hf:OWNER/NAME:SPLIT"
@@ -323,11 +323,12 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> None:
     biases = find_biases(pairs, extractor, config.split)
     of_classes = score_by_class(made.features, against.features, *classes, extractor) if classes else None
     notes = notes_on_scores(made, against, extractor, config.split) + notes_on_files(samples, reference.images, real)
+    dump = finished_settings(Path(config.samples))  # of samples that sample.py made
+    notes += notes_on_judge(dump or {}, extractor)
     notes += [bias.in_words(name) for name, bias in biases.items()]
     if biases and against.features is not None:
         notes.append(f"{extractor.kernel_name}: not biased, however few the images")
     print("\n".join([table(columns), *([class_table(of_classes)] if of_classes else []), *notes]))
-    dump = finished_settings(Path(config.samples))  # of samples that sample.py made
     figures = {"pixels": [samples.height, samples.width], "dump": dump, "scores": columns, "notes": notes}
     figures["biases"] = {name: bias._asdict() for name, bias in biases.items()}
     if of_classes:

@@ -8,7 +8,7 @@ from utils.metrics.distances import frechet_distance, inception_score, kernel_di
 from utils.metrics.features import Features, extract, load_extractor
 from utils.metrics.image_sets import Gaussian, Statistics
 from utils.metrics.measure import Measured, measure_batches
-from utils.metrics.scores import in_halves
+from utils.metrics.scores import in_halves, notes_on_judge
 
 
 class AsTheRefereeReads(Dataset):
@@ -99,3 +99,13 @@ def test_halves_of_the_reference_have_no_image_in_common():
         np.testing.assert_allclose(half.statistics.pooled.covariance, np.cov(half.features.pooled, rowvar=False))
         belongs = (pooled == half.features.pooled[0]).all(1)
         assert torch.equal(logits[belongs], half.features.logits[:1])
+
+
+def test_scores_by_the_network_that_has_chosen_the_samples_say_so():
+    class Network:
+        name, fingerprint = "efflite0", "ab12"
+
+    assert notes_on_judge({}, Network) == []
+    assert notes_on_judge({"judge_sha256": "cd34", "best_of": 4}, Network) == []
+    (note,) = notes_on_judge({"judge_sha256": "ab12", "best_of": 4}, Network)
+    assert note.startswith("efflite0 has chosen these samples, the best of 4: ")

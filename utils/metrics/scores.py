@@ -67,6 +67,16 @@ def notes_on_weights(extractor: Extractor) -> list[str]:
     return [f"the weights are not those published for {extractor.distance_name}: compare these scores only among themselves"]
 
 
+def notes_on_judge(dump: dict, extractor: Extractor) -> list[str]:
+    """dump: the settings of the samples, which may have been chosen among candidates by a network (sample.py --best_of)."""
+    if dump.get("judge_sha256") != extractor.fingerprint:
+        return []
+    return [
+        f"{extractor.name} has chosen these samples, the best of {dump['best_of']}: its scores say more of the choice than of "
+        "the images: score them with another --extractor"
+    ]
+
+
 def notes_on_distance(extractor: Extractor, name: str, fewest: int) -> list[str]:
     """What a reader of a Fréchet distance should know; fewest: images in the smaller set."""
     notes = notes_on_weights(extractor)
