@@ -48,6 +48,21 @@ def descendants(pid: int) -> list[int]:
     return [own for child in children(pid) for own in (child, *descendants(child))]
 
 
+def lasting(pid: int, seconds: float) -> int:
+    """The last process below this one that has been there so long; others, such as git, come and go."""
+    seen: dict[int, float] = {}
+
+    def found() -> list[int]:
+        now = time.monotonic()
+        there = {child: seen.get(child, now) for child in descendants(pid)}
+        seen.clear()
+        seen.update(there)
+        return [child for child, since in seen.items() if now - since > seconds]
+
+    wait_for(found)
+    return found()[-1]
+
+
 def test_no_batch_for_long_names_shared_memory(tmp_path, monkeypatch):
     root = make_images(tmp_path / "images")
     os.mkfifo(root / "val" / "cat" / "zz.png")
@@ -60,8 +75,7 @@ def test_no_batch_for_long_names_shared_memory(tmp_path, monkeypatch):
 def test_a_stop_is_seen_while_a_batch_does_not_come(stuck_images, tokenizer, tmp_path):
     """And what was trained until then is saved."""
     process = started(*training(stuck_images, tokenizer, tmp_path / "run"), "--workers=1", output=tmp_path / "output")
-    wait_for(lambda: len(descendants(process.pid)) > 0)
-    time.sleep(5)  # every picture is asked for in the first epoch, of four steps
+    lasting(process.pid, 5)  # every picture is asked for in the first epoch, of four steps
     process.send_signal(signal.SIGTERM)
     assert process.wait(ENDS_WITHIN) == 143, (tmp_path / "output").read_text()
     assert "stopped by SIGTERM after step" in (tmp_path / "output").read_text()
@@ -114,8 +128,6 @@ def test_other_commands_end_too_when_a_worker_is_killed(command, images, tokeniz
     words = ["--data_path", tmp_path / "images", "--out", tmp_path / "out", "--workers=1"]
     words += ["--vae", tokenizer] if command == "cache_tokens" else [f"--init_from={tokenizer}", "--bs=4", "--gan=0"]
     process = started(f"scripts/{command}.py", *words, output=tmp_path / "output")
-    wait_for(lambda: descendants(process.pid))
-    time.sleep(3)
-    os.kill(descendants(process.pid)[-1], signal.SIGKILL)
+    os.kill(lasting(process.pid, 3), signal.SIGKILL)
     assert process.wait(ENDS_WITHIN) == 1, (tmp_path / "output").read_text()
     assert "a process that loads images has ended" in (tmp_path / "output").read_text()
