@@ -86,7 +86,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(ranks, images, tokenizer, tmp_
     words = training(images, tokenizer, tmp_path / "run")
     process = started(*words, "--workers=1", ranks=ranks, output=tmp_path / "output")
     wait_for(lambda: checkpoints(tmp_path / "run"))
-    os.kill(descendants(process.pid)[-1], signal.SIGKILL)
+    os.kill(lasting(process.pid, 1), signal.SIGKILL)
     assert process.wait(ENDS_WITHIN) == 1, (tmp_path / "output").read_text()
     output = (tmp_path / "output").read_text()
     assert "a process that loads images has ended" in output
@@ -131,3 +131,13 @@ def test_other_commands_end_too_when_a_worker_is_killed(command, images, tokeniz
     os.kill(lasting(process.pid, 3), signal.SIGKILL)
     assert process.wait(ENDS_WITHIN) == 1, (tmp_path / "output").read_text()
     assert "a process that loads images has ended" in (tmp_path / "output").read_text()
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_goes_while_it_hands_over_a_batch_is_told_like_any_other(images, monkeypatch, error):
+    def lost(self):
+        raise error
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._next_data", lost)
+    with pytest.raises(OSError, match="a process that loads images has ended"):
+        list(batches.val_batches(Images(read_folders(images)[1], 16), 4, workers=1))

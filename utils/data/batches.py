@@ -147,6 +147,8 @@ def batches_at(
             batch = next(loaded)
         except StopIteration:
             return
+        except (ConnectionError, EOFError) as error:  # it went while it was handing over a batch
+            raise lost_worker(error) from error
         except RuntimeError as error:
             if "timed out" not in str(error):  # in the words of torch, on which nothing but this depends
                 raise lost_worker(error) from error
