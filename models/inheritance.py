@@ -81,7 +81,7 @@ def check_inheritable(target: ScaleTransformer, source: ScaleTransformer, name: 
 
 def _taken(part: str, target: nn.Module, source: nn.Module) -> Inherited:
     target.load_state_dict(source.state_dict())
-    return Inherited(part, "taken", sum(parameter.numel() for parameter in target.parameters()))
+    return Inherited(part, "taken", parameter_count(target))
 
 
 # --- classes ------------------------------------------------------------------------------------------------------------

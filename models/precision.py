@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.storage import FILE_TYPES
+from models.storage import FILE_TYPES, HALF_TYPES
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 
-TYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TYPES = {"float32": torch.float32, "tf32": torch.float32, **HALF_TYPES}
 PRECISIONS = tuple(TYPES)
 WORTH = 0.8  # of the time in float32: half precision is chosen where it takes less
 LITTLE = 0.002  # seconds: of a small model nothing is to be gained, and what is measured of it may change from call to call

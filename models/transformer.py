@@ -27,7 +27,7 @@ from models.hub import HubModel
 from models.layers import FeedForward, Modulation, ModulationOffset, drop_paths, modulate, modulation_projection
 from models.model_card import Facts, parameter_count, weight_types
 from models.pyramid import STANDARD_SIDES, Pyramid
-from models.storage import Description
+from models.storage import HALF_TYPES, Description
 
 # The published models; arguments of build_transformer beside the family.
 PRESETS = {
@@ -35,7 +35,6 @@ PRESETS = {
     "d36-s": {"depth": 36, "pixels": 512, "shared_modulation": True},
 }
 
-HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 MOST_NAMES = 20  # of classes that a card lists
 USAGE = """```python
 import torch
@@ -275,7 +274,7 @@ class ScaleTransformer(nn.Module, HubModel):
     def _autocast(self) -> contextlib.AbstractContextManager:
         """To the type of cast weights; where they are float32, what is around a call counts, such as a training's autocast."""
         weight = self.blocks[0].ffn.fc1.weight
-        if weight.dtype in HALF_PRECISIONS:
+        if weight.dtype in HALF_TYPES.values():
             return torch.autocast(weight.device.type, dtype=weight.dtype)
         return contextlib.nullcontext()
 

@@ -33,3 +33,26 @@ def test_the_commit_is_that_of_the_repository_and_unknown_elsewhere(monkeypatch,
     assert evidence.commit() == f"{clean}-dirty"
     monkeypatch.setenv("PATH", "")
     assert evidence.commit() == "unknown"
+
+
+def test_runs_grow_one_by_one_and_stand_in_a_table_with_their_spread(tmp_path, capsys):
+    columns = {"distance": evidence.over_seeds("fd", ".1f"), "loss": evidence.over_seeds("loss", ".2f")}
+    stored = evidence.GrowingRuns(tmp_path / "runs.json", columns)
+    assert not stored.has(row="a", seed=0)
+    for run in (
+        {"row": "a", "seed": 0, "fd": 1.0},
+        {"row": "a", "seed": 1, "fd": 3.0},
+        {"row": "b", "seed": 0, "fd": 2.0, "loss": 5},
+    ):
+        stored.add(run, data="images")
+    assert stored.has(row="a", seed=1)
+    assert not stored.has(row="b", seed=1)
+    again = json.loads((tmp_path / "runs.json").read_text())
+    assert (again["data"], [run["fd"] for run in again["runs"]]) == ("images", [1.0, 3.0, 2.0])
+    assert (tmp_path / "runs.md").read_text().splitlines() == [
+        "|  | seeds | distance | loss |",
+        "|---|---|---|---|",
+        "| a | 2 | 2.0 ± 1.4 |  |",
+        "| b | 1 | 2.0 | 5.00 |",
+    ]
+    assert len(capsys.readouterr().out.splitlines()) == 3

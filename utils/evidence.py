@@ -6,7 +6,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -51,3 +52,47 @@ def store(path: Path, figures: dict) -> None:
     """Write the figures with their circumstances as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps({**circumstances(), **figures}, indent=1) + "\n")
+
+
+# --- runs with several seeds --------------------------------------------------------------------------------------------
+
+Columns = dict[str, Callable[[list[dict]], str]]  # heading -> what stands there, from the runs of a row
+
+
+def over_seeds(key: str, form: str) -> Callable[[list[dict]], str]:
+    """For a column: `with_spread` of what runs have under a key."""
+    return lambda runs: with_spread([run[key] for run in runs if key in run], form)
+
+
+def table_of(runs: list[dict], row: str, columns: Columns) -> str:
+    """Markdown: a line for each value that runs have under the key `row`, in the order of the first of them."""
+    lines = [f"| {' | '.join(['', *columns])} |", "|---" * (1 + len(columns)) + "|"]
+    for name in dict.fromkeys(run[row] for run in runs):
+        own = [run for run in runs if run[row] == name]
+        lines.append(f"| {' | '.join([name, *(cell(own) for cell in columns.values())])} |")
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class GrowingRuns:
+    """Figures of runs, each with a "row" and a seed, stored one by one, so that a second call goes on where one was stopped.
+
+    path: of the JSON; the table of them is kept beside it, as .md.
+    """
+
+    path: Path
+    columns: Columns
+
+    def known(self) -> list[dict]:
+        return json.loads(self.path.read_text())["runs"] if self.path.exists() else []
+
+    def has(self, **values) -> bool:
+        """Whether a run with these values is there."""
+        return any(all(run.get(name) == value for name, value in values.items()) for run in self.known())
+
+    def add(self, run: dict, **further) -> None:
+        """Store one more, and tell it. further: what else the file is to hold."""
+        runs = [*self.known(), run]  # read anew: another process may have added some
+        store(self.path, {**further, "runs": runs})
+        replace_text(self.path.with_suffix(".md"), table_of(runs, "row", {"seeds": lambda own: str(len(own)), **self.columns}))
+        print(json.dumps(run), flush=True)

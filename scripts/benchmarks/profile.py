@@ -1,8 +1,6 @@
 """The `profile` command of scripts/benchmark.py: where the time of sampling goes, and what the machine could do at best."""
 
-import time
 from collections.abc import Callable
-from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +13,11 @@ from models.pyramid import Pyramid
 from scripts.benchmarks.config import BenchmarkConfig
 from scripts.benchmarks.formats import Columns
 from scripts.benchmarks.sampling import HOW, SEED, random_models
-from scripts.benchmarks.timing import wait
+from scripts.benchmarks.timing import measure, wait
 
 SHOWN = 0.02  # shares below it are summed up
 OTHER = "others"
+PEAK_REPEATS = 20
 # What PyTorch calls them -> what they are, several to one name.
 OPERATIONS = {
     "addmm": "products",
@@ -71,6 +70,7 @@ def sampling_profile(config: BenchmarkConfig) -> list[dict]:
 
             sampled = draw()
             parts = {"transformer": draw, "decoder": lambda made=sampled, model=tokenizer: decode_sampled(model, made)}
+            measured = measure(parts, config.repeats, device)
             for part, call in parts.items():
                 rows.append(
                     {
@@ -78,23 +78,12 @@ def sampling_profile(config: BenchmarkConfig) -> list[dict]:
                         "batch": config.batch,
                         "precision": precision,
                         "part": part,
-                        "seconds": median(seconds(call, config.repeats, device)),
+                        "seconds": measured[part].seconds,
                         "shares": shares(call, device),
                         **peaks(TYPES[precision], device),
                     }
                 )
     return rows
-
-
-def seconds(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    times = []
-    for _ in range(repeats + 1):
-        wait(device)
-        start = time.perf_counter()
-        call()
-        wait(device)
-        times.append(time.perf_counter() - start)
-    return times[1:]  # the first chooses kernels
 
 
 def shares(call: Callable[[], object], device: torch.device) -> dict[str, float]:
@@ -119,10 +108,8 @@ def peaks(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     x, weight = (torch.randn(*shape, dtype=dtype, device=device) for shape in ((512, 768), (3072, 768)))
     maps = torch.randn(1, 320, 64, 64, dtype=dtype, device=device).to(memory_format=torch.channels_last)
     kernel = torch.randn(320, 320, 3, 3, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    flops = {"product": 2 * 512 * 768 * 3072, "convolution": 2 * 64 * 64 * 320 * 320 * 9}
+    calls = {"product": lambda: F.linear(x, weight), "convolution": lambda: F.conv2d(maps, kernel, padding=1)}
     with torch.no_grad():
-        product = min(seconds(lambda: F.linear(x, weight), 20, device))
-        convolution = min(seconds(lambda: F.conv2d(maps, kernel, padding=1), 20, device))
-    return {
-        "product": 2 * 512 * 768 * 3072 / product / 1e9,
-        "convolution": 2 * 64 * 64 * 320 * 320 * 9 / convolution / 1e9,
-    }
+        measured = measure(calls, PEAK_REPEATS, device)
+    return {name: flops[name] / 1e9 / measured[name].seconds for name in flops}

@@ -24,7 +24,7 @@ from utils import cli, evidence
 from utils.checkpoint import load_tokenizer
 from utils.cli import flag
 from utils.data.fashion_mnist import export_fashion_mnist
-from utils.files import replace_text
+from utils.evidence import over_seeds
 from utils.metrics.judges import Judges, decoded
 from utils.metrics.similarity import psnr, ssim
 from utils.runs.log import read_metrics
@@ -77,7 +77,7 @@ def main() -> None:
     chosen = [name.strip() for name in config.rows.split(",")] if config.rows else names
     if unknown := [name for name in chosen if name not in names]:
         raise ValueError(f"--rows={unknown[0]}: no such row: give some of {', '.join(names)}")
-    out, path = Path(config.out), Path(config.json)
+    out, stored = Path(config.out), evidence.GrowingRuns(Path(config.json), COLUMNS)
     images = Path(config.data_path or out / "images")
     if not config.data_path and not images.exists():
         export_fashion_mnist(images)
@@ -89,13 +89,11 @@ def main() -> None:
             "settings": settings_of(Path(config.score)),
             **of_run(judges, Path(config.score)),
         }
-        evidence.store(path, {"data": config.data_path or "embedded images", "real": of_real(judges), "runs": [figures]})
-        print(json.dumps(figures))
+        stored.add(figures, data=config.data_path or "embedded images", real=of_real(judges))
         return
     for seed in range(config.seeds):
         for name in chosen:
-            runs = json.loads(path.read_text())["runs"] if path.exists() else []
-            if any((run["row"], run["seed"], run["steps"]) == (name, seed, config.steps) for run in runs):
+            if stored.has(row=name, seed=seed, steps=config.steps):
                 continue
             if judges is None:
                 judges = Judges(images, TOKENIZER_PRESETS[config.preset].image_shape[0], DECODED)
@@ -105,11 +103,8 @@ def main() -> None:
             figures = of_run(judges, directory)
             if config.transformer_steps and name in SAMPLED:
                 figures |= of_samples(judges, *sample(config, seed, images, directory))
-            runs = json.loads(path.read_text())["runs"] if path.exists() else []  # another process may have added some
-            runs.append({"row": name, "seed": seed, "steps": config.steps, **figures})
-            evidence.store(path, {"data": config.data_path or "embedded images", "real": real, "runs": runs})
-            replace_text(path.with_suffix(".md"), table(runs))
-            print(f"{name}, seed {seed}: {json.dumps(figures)}", flush=True)
+            figures = {"row": name, "seed": seed, "steps": config.steps, **figures}
+            stored.add(figures, data=config.data_path or "embedded images", real=real)
 
 
 def train(config: Ablation, name: str, seed: int, images: Path, directory: Path) -> None:
@@ -169,13 +164,11 @@ def of_tokenizer(judges: Judges, directory: Path) -> dict[str, float | list[floa
     train, _ = decoded(tokenizer, judges.train[judges.chosen])
     held_out, counts = decoded(tokenizer, judges.val)
     pair = torch.from_numpy(judges.val), torch.from_numpy(held_out)
-    usage, distances = counts.by_scale(), judges.distances(train)
+    usage = counts.by_scale()
     return {
         "psnr": float(psnr(*pair).mean()),
         "ssim": float(ssim(*pair).mean()),
-        "fd": distances["efflite0"],
-        "fd_classifier": distances["classifier"],
-        "recognised": judges.classifier.accuracy(train, judges.train_labels[judges.chosen]),
+        **judges.scores(train, judges.train_labels[judges.chosen]),
         "edges": edges(held_out) / edges(judges.val),
         "codes_used": [scale.used for scale in usage],
         "perplexity": [scale.perplexity for scale in usage],
@@ -184,15 +177,8 @@ def of_tokenizer(judges: Judges, directory: Path) -> dict[str, float | list[floa
 
 
 def of_samples(judges: Judges, samples: Path, transformer: Path) -> dict[str, float]:
-    with np.load(samples, allow_pickle=False) as archive:
-        made, labels = archive["arr_0"], archive["labels"]
-    distances = judges.distances(made)
-    return {
-        "val_loss": read_metrics(transformer)[-1]["val_loss"],
-        "samples_fd": distances["efflite0"],
-        "samples_fd_classifier": distances["classifier"],
-        "samples_recognised": judges.classifier.accuracy(made, labels),
-    }
+    scores = {f"samples_{name}": value for name, value in judges.scores_of(samples).items()}
+    return {"val_loss": read_metrics(transformer)[-1]["val_loss"], **scores}
 
 
 def of_real(judges: Judges) -> dict[str, float]:
@@ -208,31 +194,26 @@ def edges(images: np.ndarray) -> float:
     return sum(float(np.square(np.diff(values, axis=axis)).mean()) for axis in (1, 2))
 
 
-COLUMNS = {
-    "psnr": ("PSNR", ".2f"),
-    "ssim": ("SSIM", ".3f"),
-    "fd": ("FD-EffLite0", ".1f"),
-    "fd_classifier": ("FD-classifier", ".2f"),
-    "recognised": ("recognised", ".3f"),
-    "edges": ("edges", ".2f"),
-    "samples_fd": ("samples' FD-EffLite0", ".1f"),
-    "images_per_second": ("images/s", ".0f"),
+def mean_codes(runs: list[dict]) -> str:
+    return f"{np.mean([run['codes_used_in_all'] for run in runs]):.0f}"
+
+
+def mean_perplexities(runs: list[dict]) -> str:
+    return ", ".join(f"{value:.0f}" for value in np.mean([run["perplexity"] for run in runs], axis=0))
+
+
+COLUMNS: evidence.Columns = {
+    "PSNR": over_seeds("psnr", ".2f"),
+    "SSIM": over_seeds("ssim", ".3f"),
+    "FD-EffLite0": over_seeds("fd", ".1f"),
+    "FD-classifier": over_seeds("fd_classifier", ".2f"),
+    "recognised": over_seeds("recognised", ".3f"),
+    "edges": over_seeds("edges", ".2f"),
+    "samples' FD-EffLite0": over_seeds("samples_fd", ".1f"),
+    "images/s": over_seeds("images_per_second", ".0f"),
+    "codes": mean_codes,
+    "perplexity by scale": mean_perplexities,
 }
-
-
-def table(runs: list[dict]) -> str:
-    """Markdown: mean and, behind ±, the standard deviation over the seeds."""
-    lines = ["| | seeds | " + " | ".join(title for title, _ in COLUMNS.values()) + " | codes | perplexity by scale |"]
-    lines.append("|---" * (len(COLUMNS) + 4) + "|")
-    for row in dict.fromkeys(entry["row"] for entry in runs):
-        own = [entry for entry in runs if entry["row"] == row]
-        cells = []
-        for name, (_, form) in COLUMNS.items():
-            cells.append(evidence.with_spread([entry[name] for entry in own if name in entry], form))
-        perplexity = ", ".join(f"{value:.0f}" for value in np.mean([entry["perplexity"] for entry in own], axis=0))
-        codes = f"{np.mean([entry['codes_used_in_all'] for entry in own]):.0f}"
-        lines.append(f"| {row} | {len(own)} | " + " | ".join(cells) + f" | {codes} | {perplexity} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

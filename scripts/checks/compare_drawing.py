@@ -8,7 +8,6 @@ are by EfficientNet-Lite0 and by another classifier, which know nothing of it. T
 second call goes on where the first was stopped.
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -26,11 +25,12 @@ from scripts.checks.processes import run
 from utils import cli, evidence
 from utils.checkpoint import load_tokenizer, load_transformer
 from utils.cli import flag, required
-from utils.files import replace_text
+from utils.evidence import over_seeds
 from utils.metrics.distances import precision_recall
+from utils.metrics.features import Extractor
 from utils.metrics.judges import Judges
 from utils.metrics.measure import batch_size, measure_batches
-from utils.sampling.judging import DEVIATION, MEAN, SIDE
+from utils.sampling.judging import prepared
 
 JUDGE_EPOCHS, JUDGE_BATCH = 2, 64
 PUBLISHED = "as published"
@@ -76,12 +76,11 @@ class Comparison:
 def main() -> None:
     config = cli.parse(Comparison, __doc__)
     transformer, tokenizer = load_transformer(config.ckpt), load_tokenizer(config.vae)
-    path, judges = Path(config.json), None
+    stored, judges = evidence.GrowingRuns(Path(config.json), COLUMNS), None
     judge = Path(config.judge or Path(config.out) / "mobilenet_v3_small.safetensors")
     for seed in range(config.seeds):
         for name, flags in rows_of(config, transformer.pyramid.num_scales, judge).items():
-            runs = json.loads(path.read_text())["runs"] if path.exists() else []
-            if any((known["row"], known["seed"]) == (name, seed) for known in runs):
+            if stored.has(row=name, seed=seed):
                 continue
             if judges is None:
                 judges = Judges(config.data_path, tokenizer.config.image_shape[0], config.num)
@@ -90,11 +89,9 @@ def main() -> None:
             samples = Path(config.out) / f"{name.replace(' ', '_').replace(',', '')}_{seed}.npz"
             start = time.monotonic()
             draw(config, name, flags, seed, samples)
-            figures = {"row": name, "seed": seed, "seconds": time.monotonic() - start, **scores(judges, samples)}
-            runs.append(figures)
-            evidence.store(path, {"flags": ROWS, "runs": runs})
-            replace_text(path.with_suffix(".md"), table(runs))
-            print(json.dumps(figures), flush=True)
+            seconds = time.monotonic() - start
+            figures = {**judges.scores_of(samples), **shares(judges, samples), "seconds": seconds}
+            stored.add({"row": name, "seed": seed, **figures}, flags=ROWS)
 
 
 def rows_of(config: Comparison, num_scales: int, judge: Path) -> dict[str, list[str]]:
@@ -124,7 +121,7 @@ def train_judge(images: np.ndarray, labels: np.ndarray, num_classes: int, path: 
     pixels, targets = torch.from_numpy(images), torch.from_numpy(labels)
     for epoch in range(JUDGE_EPOCHS):
         for rows in torch.randperm(len(pixels)).split(JUDGE_BATCH):
-            loss = F.cross_entropy(network(as_judged(pixels[rows])), targets[rows])
+            loss = F.cross_entropy(network(prepared(pixels[rows].permute(0, 3, 1, 2) / 255)), targets[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -133,50 +130,30 @@ def train_judge(images: np.ndarray, labels: np.ndarray, num_classes: int, path: 
     write_tensors(path, network.state_dict())
 
 
-def as_judged(pixels: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, SIDE, SIDE)."""
-    images = F.interpolate(pixels.permute(0, 3, 1, 2).float() / 255, (SIDE, SIDE), mode="bilinear")
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
-    return (images - mean) / deviation
-
-
-def scores(judges: Judges, samples: Path) -> dict[str, float]:
-    """Distances from the held-out images, precision and recall beside the training images, classes that are recognised."""
+def shares(judges: Judges, samples: Path) -> dict[str, float]:
+    """Precision and recall, beside the training images."""
     with np.load(samples, allow_pickle=False) as archive:
-        made, labels = archive["arr_0"], archive["labels"]
-    distances, network = judges.distances(made), judges.networks["efflite0"]
+        made = archive["arr_0"]
+    real, ours = (pooled(judges.networks["efflite0"], images) for images in (judges.train[judges.chosen], made))
+    precision, recall = precision_recall(real, ours)
+    return {"precision": precision, "recall": recall}
+
+
+def pooled(network: Extractor, images: np.ndarray) -> Tensor:
+    """(N, D) of images (N, H, W, 3) uint8."""
     size = batch_size(network)
-    features = [
-        measure_batches(network, (images[i : i + size] for i in range(0, len(images), size)), "images").features.pooled
-        for images in (judges.train[judges.chosen], made)
-    ]
-    precision, recall = precision_recall(*features)
-    return {
-        "fd": distances["efflite0"],
-        "fd_classifier": distances["classifier"],
-        "precision": precision,
-        "recall": recall,
-        "recognised": judges.classifier.accuracy(made, labels),
-    }
+    batches = (images[first : first + size] for first in range(0, len(images), size))
+    return measure_batches(network, batches, "images").features.pooled
 
 
-def table(runs: list[dict]) -> str:
-    """Markdown: means over the seeds and, behind ±, standard deviations."""
-    titles = {
-        "fd": ("FD-EffLite0", ".1f"),
-        "fd_classifier": ("FD-classifier", ".2f"),
-        "precision": ("precision", ".3f"),
-        "recall": ("recall", ".3f"),
-        "recognised": ("recognised", ".3f"),
-        "seconds": ("seconds, start included", ".0f"),
-    }
-    lines = ["| | seeds | " + " | ".join(title for title, _ in titles.values()) + " |"]
-    lines.append("|---" * (len(titles) + 2) + "|")
-    for name in dict.fromkeys(known["row"] for known in runs):
-        own = [known for known in runs if known["row"] == name]
-        cells = [evidence.with_spread([known[key] for known in own], form) for key, (_, form) in titles.items()]
-        lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+COLUMNS: evidence.Columns = {
+    "FD-EffLite0": over_seeds("fd", ".1f"),
+    "FD-classifier": over_seeds("fd_classifier", ".2f"),
+    "precision": over_seeds("precision", ".3f"),
+    "recall": over_seeds("recall", ".3f"),
+    "recognised": over_seeds("recognised", ".3f"),
+    "seconds, start included": over_seeds("seconds", ".0f"),
+}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from models.transformer import ScaleTransformer
 from utils import cli, evidence
 from utils.checkpoint import load_tokenizer_for, load_transformer
 from utils.cli import flag, required
+from utils.evidence import over_seeds
 from utils.files import replace_text
 from utils.metrics.distances import inception_score
 from utils.metrics.judges import Judges
@@ -76,8 +77,9 @@ def main() -> None:
             print(row, flush=True)
     path = Path(config.json)
     evidence.store(path, {"threads": torch.get_num_threads(), "rows": rows})
-    replace_text(path.with_suffix(".md"), table(rows))
-    print(table(rows))
+    table = evidence.table_of(rows, "precision", COLUMNS)
+    replace_text(path.with_suffix(".md"), table)
+    print(table)
 
 
 def draw(
@@ -110,38 +112,28 @@ def likeness(exact_tokens: list[Tensor], exact: np.ndarray, tokens: list[Tensor]
 
 
 def judged(judges: Judges, images: np.ndarray, labels: list[int]) -> dict[str, float]:
-    """Fréchet distances from the held-out images, Inception score by EfficientNet-Lite0, classes that are recognised."""
-    distances = judges.distances(images)
+    """What both judges say of images, and their Inception score by EfficientNet-Lite0."""
     network = judges.networks["efflite0"]
     size = batch_size(network)
     measured = measure_batches(network, (images[i : i + size] for i in range(0, len(images), size)), "samples")
-    return {
-        "fd": distances["efflite0"],
-        "fd_classifier": distances["classifier"],
-        "inception_score": inception_score(measured.features.logits.softmax(1)),
-        "recognised": judges.classifier.accuracy(images, np.array(labels)),
-    }
+    scores = judges.scores(images, np.array(labels))
+    return scores | {"inception_score": inception_score(measured.features.logits.softmax(1))}
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown: means over the seeds and, behind ±, standard deviations."""
-    titles = {
-        "fd": ("FD-EffLite0", ".1f"),
-        "fd_classifier": ("FD-classifier", ".2f"),
-        "inception_score": ("IS-EffLite0", ".2f"),
-        "recognised": ("recognised", ".3f"),
-        "equal_images": ("equal images", ".1%"),
-        "psnr_median": ("median PSNR (dB)", ".1f"),
-        "images_per_second": ("images/s", ".1f"),
-    }
-    lines = ["| precision | " + " | ".join(title for title, _ in titles.values()) + " | equal tokens by scale |"]
-    lines.append("|---" * (len(titles) + 2) + "|")
-    for name in dict.fromkeys(row["precision"] for row in rows):
-        own = [row for row in rows if row["precision"] == name]
-        cells = [evidence.with_spread([row[key] for row in own], form) for key, (_, form) in titles.items()]
-        scales = ", ".join(f"{share:.1%}" for share in np.mean([row["equal_tokens"] for row in own], axis=0))
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {scales} |")
-    return "\n".join(lines) + "\n"
+def mean_equal_tokens(runs: list[dict]) -> str:
+    return ", ".join(f"{share:.1%}" for share in np.mean([run["equal_tokens"] for run in runs], axis=0))
+
+
+COLUMNS: evidence.Columns = {
+    "FD-EffLite0": over_seeds("fd", ".1f"),
+    "FD-classifier": over_seeds("fd_classifier", ".2f"),
+    "IS-EffLite0": over_seeds("inception_score", ".2f"),
+    "recognised": over_seeds("recognised", ".3f"),
+    "equal images": over_seeds("equal_images", ".1%"),
+    "median PSNR (dB)": over_seeds("psnr_median", ".1f"),
+    "images/s": over_seeds("images_per_second", ".1f"),
+    "equal tokens by scale": mean_equal_tokens,
+}
 
 
 if __name__ == "__main__":

@@ -8,21 +8,18 @@ spread of another is not better than it. The JSON grows by a run at a time, and 
 stopped.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np
-
 from scripts.checks.processes import run
 from utils import cli, evidence
 from utils.checkpoint import load_tokenizer
 from utils.cli import flag, required
 from utils.data.images import read_folders
-from utils.files import replace_text
+from utils.evidence import over_seeds
 from utils.metrics.judges import Judges
 from utils.runs.log import read_metrics
 
@@ -83,22 +80,18 @@ def main() -> None:
     chosen = [name.strip() for name in config.rows.split(";")] if config.rows else list(ROWS)
     if unknown := [name for name in chosen if name not in ROWS]:
         raise ValueError(f"--rows={unknown[0]}: no such row: give some of {'; '.join(ROWS)}")
-    pixels, path = load_tokenizer(config.vae).config.image_shape[0], Path(config.json)
+    pixels, stored = load_tokenizer(config.vae).config.image_shape[0], evidence.GrowingRuns(Path(config.json), COLUMNS)
     judges: dict[str, Judges] = {}
     for seed in range(config.seeds):
         for name in chosen:
-            runs = json.loads(path.read_text())["runs"] if path.exists() else []
-            if any((known["row"], known["seed"]) == (name, seed) for known in runs):
+            if stored.has(row=name, seed=seed):
                 continue
             classes = ROWS[name].classes
             if classes not in judges:
                 judges[classes] = Judges(folder_of(config, classes), pixels, config.num)
             directory = trained(config, name, seed)
-            figures = {"row": name, "seed": seed, **scores(judges[classes], sampled(config, name, seed, directory))}
-            runs.append(figures | {"val_loss": read_metrics(directory)[-1]["val_loss"]})
-            evidence.store(path, {"runs": runs})
-            replace_text(path.with_suffix(".md"), table(runs))
-            print(json.dumps(runs[-1]), flush=True)
+            scores = judges[classes].scores_of(sampled(config, name, seed, directory))
+            stored.add({"row": name, "seed": seed, **scores, "val_loss": read_metrics(directory)[-1]["val_loss"]})
 
 
 def folder_of(config: Comparison, classes: str) -> Path:
@@ -131,7 +124,7 @@ def trained(config: Comparison, name: str, seed: int) -> Path:
     row = ROWS[name]
     if name != VAR and row.flags == ROWS[VAR].flags and row.is_start and row.classes == ALL:
         return trained(config, VAR, seed)  # the same weights, drawn from otherwise
-    directory = Path(config.out) / f"{name.replace(' ', '_').replace(',', '').replace(':', '')}_{seed}"
+    directory = Path(config.out) / f"{file_name(name)}_{seed}"
     steps = config.start_steps if row.is_start else config.steps
     if (directory / "checkpoints" / f"step_{steps}").exists():
         return directory
@@ -142,39 +135,23 @@ def trained(config: Comparison, name: str, seed: int) -> Path:
     return directory
 
 
+def file_name(row: str) -> str:
+    return row.replace(" ", "_").replace(",", "").replace(":", "")
+
+
 def sampled(config: Comparison, name: str, seed: int, directory: Path) -> Path:
-    samples = Path(config.out) / "samples" / f"{name.replace(' ', '_').replace(',', '').replace(':', '')}_{seed}.npz"
+    samples = Path(config.out) / "samples" / f"{file_name(name)}_{seed}.npz"
     words = ("--ckpt", directory, "--vae", config.vae, "--out", samples, "--overwrite", "--format=npz", f"--num={config.num}")
     run("sample.py", *words, "--top_k=0", "--top_p=0.96", f"--seed={seed}", "--batch=64", *ROWS[name].sampling)
     return samples
 
 
-def scores(judges: Judges, samples: Path) -> dict[str, float]:
-    with np.load(samples, allow_pickle=False) as archive:
-        made, labels = archive["arr_0"], archive["labels"]
-    distances = judges.distances(made)
-    return {
-        "fd": distances["efflite0"],
-        "fd_classifier": distances["classifier"],
-        "recognised": judges.classifier.accuracy(made, labels),
-    }
-
-
-def table(runs: list[dict]) -> str:
-    """Markdown: means over the seeds and, behind ±, standard deviations."""
-    titles = {
-        "fd": ("FD-EffLite0", ".1f"),
-        "fd_classifier": ("FD-classifier", ".2f"),
-        "recognised": ("recognised", ".3f"),
-        "val_loss": ("held-out loss", ".3f"),
-    }
-    lines = ["| | seeds | " + " | ".join(title for title, _ in titles.values()) + " |"]
-    lines.append("|---" * (len(titles) + 2) + "|")
-    for name in dict.fromkeys(known["row"] for known in runs):
-        own = [known for known in runs if known["row"] == name]
-        cells = [evidence.with_spread([known[key] for known in own], form) for key, (_, form) in titles.items()]
-        lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+COLUMNS: evidence.Columns = {
+    "FD-EffLite0": over_seeds("fd", ".1f"),
+    "FD-classifier": over_seeds("fd_classifier", ".2f"),
+    "recognised": over_seeds("recognised", ".3f"),
+    "held-out loss": over_seeds("val_loss", ".3f"),
+}
 
 
 if __name__ == "__main__":

@@ -50,6 +50,20 @@ class Judges:
             for name, network in self.networks.items()
         }
 
+    def scores(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Both distances, and how many of images (N, H, W, 3) uint8 the classifier takes for what they are labelled (N,)."""
+        distances = self.distances(images)
+        return {
+            "fd": distances["efflite0"],
+            "fd_classifier": distances["classifier"],
+            "recognised": self.classifier.accuracy(images, labels),
+        }
+
+    def scores_of(self, samples: str | Path) -> dict[str, float]:
+        """The same of an .npz that sample.py wrote."""
+        with np.load(samples, allow_pickle=False) as archive:
+            return self.scores(archive["arr_0"], archive["labels"])
+
 
 def pixels_of(files: ImageFiles, pixels: int) -> tuple[np.ndarray, np.ndarray]:
     """All images (N, H, W, 3) uint8, cut out of the middle, and labels (N,)."""

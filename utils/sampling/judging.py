@@ -17,9 +17,9 @@ from models.generate import SampledScales, decode_sampled
 from models.storage import fill_, read_tensors
 from models.tokenizer import VQVAE
 from utils.files import sha256
-from utils.metrics.features import EfficientNetLite0, efflite0_network
+from utils.metrics.features import EfficientNetLite0, load_extractor
+from utils.plots import to_bytes
 
-EFFLITE0 = "efflite0"
 SIDE = 224  # pixels that torchvision's classifiers look at
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, red, green and blue, 0 to 1
 
@@ -35,29 +35,36 @@ class Judge:
     """
 
     def __init__(self, source: str, num_classes: int, device: torch.device):
-        path = EfficientNetLite0.published_file() if source == EFFLITE0 else Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"--judge={source}: no such file: give {EFFLITE0}, or weights of a torchvision classifier")
-        tensors = read_tensors(path)
-        if source == EFFLITE0:
-            self.network, known, self.offset, self.scale = efflite0_network(tensors, str(path)), 1000, 127 / 255, 255 / 128
+        self.name = source
+        if source == EfficientNetLite0.name:
+            extractor = load_extractor(source, device=device)
+            known, self.fingerprint = extractor.num_classes, extractor.fingerprint
+            self.logits = lambda images: extractor(to_bytes(images)).logits
         else:
-            self.network, known = torchvision_network(path, tensors)
-            self.offset = torch.tensor(MEAN, device=device).view(3, 1, 1)
-            self.scale = 1 / torch.tensor(DEVIATION, device=device).view(3, 1, 1)
+            path = Path(source)
+            if not path.is_file():
+                mend = f"give {EfficientNetLite0.name}, or weights of a torchvision classifier"
+                raise FileNotFoundError(f"--judge={source}: no such file: {mend}")
+            network, known = torchvision_network(path, read_tensors(path))
+            network.to(device).requires_grad_(False)
+            self.fingerprint = sha256(path)
+            self.logits = lambda images: network(prepared(images.float()))
         if known != num_classes:
             raise ValueError(f"--judge={source}: knows {known} classes, the transformer {num_classes}: give one of the same")
-        self.network = self.network.to(device).eval().requires_grad_(False)
-        self.name, self.fingerprint = source, sha256(path)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1], labels (B,) -> (B,) probabilities in float32."""
         with torch.autocast(images.device.type, enabled=False):
-            larger = min(images.shape[2:]) > SIDE
-            x = F.interpolate(images.float(), (SIDE, SIDE), mode="bilinear", antialias=larger)
-            logits = self.network((x - self.offset) * self.scale)
-            return logits.softmax(dim=-1).gather(1, labels[:, None])[:, 0]
+            return self.logits(images).softmax(dim=-1).gather(1, labels[:, None])[:, 0]
+
+
+def prepared(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> (B, 3, SIDE, SIDE), as torchvision's classifiers see images."""
+    larger = min(images.shape[2:]) > SIDE
+    x = F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=larger)
+    mean, deviation = (images.new_tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    return (x - mean) / deviation
 
 
 def torchvision_network(path: Path, tensors: dict) -> tuple[nn.Module, int]:

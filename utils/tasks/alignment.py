@@ -14,14 +14,10 @@ from models.storage import weights_hash
 from models.transformer import ScaleTransformer
 from utils.losses.contrast import condition_contrast
 from utils.runs.config import TrainConfig
-from utils.runs.optim import set_rates_
-from utils.runs.plan import step_plan
 from utils.runs.saving import read_numbers
-from utils.runs.state import MODEL, TrainState
+from utils.runs.state import TrainState
 from utils.runs.tally import Tally
-from utils.runs.task import (
-    StepResult,
-)
+from utils.runs.task import StepResult
 from utils.tasks.next_scale import NextScalePrediction
 
 
@@ -47,16 +43,14 @@ class ConditionAlignment(NextScalePrediction):
     def step(self, state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], progress: float) -> StepResult:
         """Take `ac` micro-batches, each image under its own label and that of the next one."""
         config = self.config
-        plan = step_plan(config, self.transformer.config, progress, state.step)
-        set_rates_(self.parts[MODEL].optimizer, plan.learning_rate, plan.weight_decay)
+        plan = self._begin(state, progress)
         tally, sums, total = self._new_tally(), torch.zeros(3, device=self.ranks.device), 0.0
         for micro_batch in range(config.ac):
             batch, labels = next(batches)
             own = self._to_device(self._drop_classes(labels, state.step, micro_batch))
             is_dropped = own == self.transformer.unconditional
             other = torch.where(is_dropped, own, self._to_device(self._next_labels(labels)))
-            indices = self._indices(batch)
-            targets, inputs = torch.cat(indices, dim=1), self.teacher_inputs(indices)
+            targets, inputs = self._targets_and_inputs(batch, plan.num_scales)
             both = targets.repeat(2, 1), inputs.repeat(2, 1, 1), torch.cat([own, other]), self.pyramid.scales
             with gradient_exchange(self.spread, now=micro_batch == config.ac - 1):
                 losses, predictions = self._token_losses(self.spread, *both, 0.0)  # (2B, L)
@@ -66,7 +60,7 @@ class ConditionAlignment(NextScalePrediction):
                 loss = condition_contrast(*gains, own == other, config.cca_beta, config.cca_weight) / config.ac
                 state.scaler.scale(loss).backward()
             count = len(labels)
-            tally.add(self.pyramid.scales, losses[:count].detach(), predictions[:count], targets, own)
+            tally.add(self.pyramid.scales, losses[:count], predictions[:count], targets, own)
             sums += torch.stack([*(gain.detach().sum() for gain in gains), gains[0].new_tensor(count)])
             total = total + loss.detach()
         rates = {"learning_rate": plan.learning_rate, "weight_decay": plan.weight_decay}

@@ -25,7 +25,7 @@ from utils.metrics.fidelity import Fidelity
 from utils.runs.config import TrainConfig
 from utils.runs.flops import peak_flops, training_flops
 from utils.runs.optim import build_adamw, set_rates_
-from utils.runs.plan import step_plan
+from utils.runs.plan import StepPlan, step_plan
 from utils.runs.resume import check_same_transformer
 from utils.runs.saving import read_numbers
 from utils.runs.state import MODEL, Part, TrainState
@@ -117,17 +117,14 @@ class NextScalePrediction(Task):
     def step(self, state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], progress: float) -> StepResult:
         """Take `ac` micro-batches, a pass for each group of scales, and leave the gradients of the mean loss."""
         config = self.config
-        # what this step does
-        plan = step_plan(config, self.transformer.config, progress, state.step)
-        set_rates_(self.parts[MODEL].optimizer, plan.learning_rate, plan.weight_decay)
+        plan = self._begin(state, progress)
         weights = plan.token_weights(self.pyramid, self.ranks.device)
         tally = self._new_tally()
         for micro_batch in range(config.ac):
             # images or cached tokens, and labels -> targets and inputs of the trained scales
             batch, labels = next(batches)
             labels = self._to_device(self._drop_classes(labels, state.step, micro_batch))
-            indices = self._indices(batch)[: plan.num_scales]
-            targets, inputs = torch.cat(indices, dim=1), self.teacher_inputs(indices)
+            targets, inputs = self._targets_and_inputs(batch, plan.num_scales)
             for scales in plan.groups:
                 is_last = micro_batch == config.ac - 1 and scales == plan.groups[-1]
                 with gradient_exchange(self.spread, now=is_last):
@@ -139,6 +136,17 @@ class NextScalePrediction(Task):
                 tally.add(scales, losses, predictions, targets[:, tokens], labels)
         rates = {"learning_rate": plan.learning_rate, "weight_decay": plan.weight_decay, "scales": plan.num_scales}
         return StepResult(tally.parts["losses"].sum(), tally, rates)
+
+    def _begin(self, state: TrainState, progress: float) -> StepPlan:
+        """What this step does; the optimizer is told its rates."""
+        plan = step_plan(self.config, self.transformer.config, progress, state.step)
+        set_rates_(self.parts[MODEL].optimizer, plan.learning_rate, plan.weight_decay)
+        return plan
+
+    def _targets_and_inputs(self, batch: Tensor, num_scales: int) -> tuple[Tensor, Tensor]:
+        """Images or cached tokens -> tokens (B, L) and inputs (B, L - h_1 * w_1, code_dim) of the first so many scales."""
+        indices = self._indices(batch)[:num_scales]
+        return torch.cat(indices, dim=1), self.teacher_inputs(indices)
 
     def _token_losses(
         self, model: nn.Module, targets: Tensor, inputs: Tensor, labels: Tensor, scales: range, label_smoothing: float
