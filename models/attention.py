@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers import LinearOfOtherBias
 from models.pyramid import Pyramid
 
 LEADING_TOKENS = 160  # the first scales that fit in here share one masked call: 155 tokens of the 256 px pyramid
@@ -204,7 +205,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.history = self.carries_state = history
         self.normalize = normalize
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = LinearOfOtherBias(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))  # keys have no bias: it would cancel in the softmax
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
@@ -303,7 +304,7 @@ class Attention(nn.Module):
 
     def _project(self, x: Tensor) -> list[Tensor]:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)  # (B, L, 3C)
+        qkv = self.qkv(x, bias)  # (B, L, 3C)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, D) each
         if self.normalize:  # in float32, since the scale may reach 100
             wide = torch.promote_types(v.dtype, torch.float32)

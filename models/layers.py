@@ -50,6 +50,13 @@ class ModulationOffset(nn.Module):
         return shared + self.offset.to(shared.dtype)
 
 
+class LinearOfOtherBias(nn.Linear):
+    """A linear layer whose bias the caller may give, since its parameters are elsewhere."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight, self.bias if bias is None else bias)
+
+
 class FeedForward(nn.Module):
     """(B, L, C) -> (B, L, C) through a hidden layer of ratio * C with tanh-GELU; long sequences piece by piece."""
 

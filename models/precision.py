@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.packing import can_pack, pack_
 from models.storage import FILE_TYPES, HALF_TYPES
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
@@ -57,7 +58,9 @@ class Precision:
         return f"precision: transformer {self.transformer}, decoder {self.decoder}"
 
     def apply_(self, transformer: ScaleTransformer, tokenizer: VQVAE) -> None:
-        """Cast both models' weights to it; on a GPU also says, for the whole process, what float32 products are computed from.
+        """Cast both models' weights to it, for sampling and nothing else; where a CPU computes in bfloat16 they are packed.
+
+        On a GPU also says, for the whole process, what float32 products are computed from.
 
         ValueError for tf32 without a GPU.
         """
@@ -67,6 +70,8 @@ class Precision:
             allow_tf32(self.transformer == "tf32")
         transformer.cast_(TYPES[self.transformer])
         tokenizer.cast_decoder_(TYPES[self.decoder])
+        if device == "cpu" and self.transformer == "bfloat16" and can_pack():
+            pack_(transformer)
 
 
 def check_device(place: str, *names: str) -> None:

@@ -255,11 +255,18 @@ class Mamba2(nn.Module):
 
     def forward(self, x: Tensor, scales: range, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
         """x (B, L_of_scales, C); state: after the tokens before x, None at the first. `scales` does not matter here."""
-        # One parameter as two products: its height (7868 at depth 30) is no multiple of 8, that of the large part is.
-        weight = self.in_proj.weight
-        zxBC, dt = F.linear(x, weight[: -self.ssm.heads]), F.linear(x, weight[-self.ssm.heads :])
+        zxBC, dt = self._project(x)
         y, state = self.between_projections(zxBC, dt, state)
         return self.out_proj(y), state
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, L, C) -> (B, L, inner + conv_dim), (B, L, H)."""
+        # One parameter as two products: its height (7868 at depth 30) is no multiple of 8, that of the large part is.
+        if type(self.in_proj) is nn.Linear:
+            weight = self.in_proj.weight
+            return F.linear(x, weight[: -self.ssm.heads]), F.linear(x, weight[-self.ssm.heads :])
+        sizes = [self.ssm.inner + self.ssm.conv_dim, self.ssm.heads]
+        return self.in_proj(x).split(sizes, dim=-1)  # of a packed layer or of one with an adapter
 
     def between_projections(self, zxBC: Tensor, dt: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
         """(B, L, inner + conv_dim), (B, L, H) -> (B, L, inner), state. For the backward pass it keeps no more than these."""

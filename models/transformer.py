@@ -273,7 +273,7 @@ class ScaleTransformer(nn.Module, HubModel):
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         """To the type of cast weights; where they are float32, what is around a call counts, such as a training's autocast."""
-        weight = self.blocks[0].ffn.fc1.weight
+        weight = next(self.blocks[0].modulation.parameters())
         if weight.dtype in HALF_TYPES.values():
             return torch.autocast(weight.device.type, dtype=weight.dtype)
         return contextlib.nullcontext()
