@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 
 from dist import Ranks, process_group
+from models.adapters import Base, add_adapters_, shared_with
 from models.inheritance import inherit_, table
 from models.parts import train_only_
 from models.pyramid import Pyramid
+from models.storage import weights_hash
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from trainer import Trainer
@@ -82,12 +84,15 @@ def build_fidelity(
 
 def start_from_(
     transformer: ScaleTransformer, config: TrainConfig, tokenizer: VQVAE, class_names: list[str], ranks: Ranks
-) -> list[str]:
-    """Take the weights of --init_from, unless the run has a checkpoint, which then counts; returns what is to be told."""
+) -> tuple[list[str], Base | None]:
+    """Take the weights of --init_from, unless the run has a checkpoint, which then counts.
+
+    Returns what is to be told, and of --lora what its adapters are beside.
+    """
     begun = ranks.is_main and latest_checkpoint(Path(config.local_out_dir_path)) is not None
-    needless = ranks.largest(int(begun)) and config.objective == "likelihood"  # the alignment has them as its reference
-    if not config.init_from or needless:
-        return []
+    is_whole = config.objective == "likelihood" and not config.lora  # others have them as a reference, or beside them
+    if not config.init_from or (ranks.largest(int(begun)) and is_whole):
+        return [], None
     source = load_transformer(config.init_from)
     description = source.description
     rows = inherit_(transformer, source, class_names, description.class_names, f"--init_from={config.init_from}")
@@ -96,17 +101,29 @@ def start_from_(
         lines.append("it does not say of which tokenizer its tokens are: they mean the same only where that is the one given")
     elif not is_of(description.tokenizer_hash, tokenizer):
         lines.append("its tokens are of another tokenizer than the one given: what it knows of codes does not hold here")
-    return lines
+    base = Base(config.init_from, weights_hash(source), shared_with(transformer, source)) if config.lora else None
+    return lines, base
 
 
-def choose_parts_(transformer: ScaleTransformer, text: str) -> str:
-    """For --train_only; what is to be told of it."""
-    try:
-        train_only_(transformer, [name.strip() for name in text.split(",")])
-    except ValueError as error:
-        raise ValueError(f"--train_only={text}: {error}") from error
+def choose_parts_(transformer: ScaleTransformer, config: TrainConfig) -> list[str]:
+    """For --lora and --train_only; what is to be told of them."""
+    trained = []
+    for flag, chosen in (("lora_parts", config.lora), ("train_only", config.train_only)):
+        text = getattr(config, flag)
+        names = [name.strip() for name in text.split(",")] if text else []
+        try:
+            if chosen and flag == "lora_parts":
+                count = add_adapters_(transformer, config.lora, config.lora_alpha or config.lora, names)
+                trained.append(f"adapters of rank {config.lora} beside {count} layers")
+            elif chosen:
+                train_only_(transformer, names)
+                trained.append(text)
+        except ValueError as error:
+            raise ValueError(f"{f'--{flag}={text}' if text else f'--lora={config.lora}'}: {error}") from error
+    if not trained:
+        return []
     count = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
-    return f"trained: {text}, {count / 1e6:.2f}M parameters; all others stay as they are"
+    return [f"trained: {' and '.join(trained)}, {count / 1e6:.2f}M parameters; all others stay as they are"]
 
 
 def run_config(config: TrainConfig, size: int) -> RunConfig:
@@ -156,11 +173,10 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     transformer = ScaleTransformer(config.transformer_config(tokenizer, len(source.class_names)))
     std = None if config.ini < 0 else config.ini
     transformer.init_weights(config.alng, config.aln, config.hd, std, config.alng if config.alng_all else config.aln)
-    told = [*told, *start_from_(transformer, config, tokenizer, source.class_names, ranks)]
-    if config.train_only:
-        told.append(choose_parts_(transformer, config.train_only))
+    of_start, base = start_from_(transformer, config, tokenizer, source.class_names, ranks)
+    told = [*told, *of_start, *choose_parts_(transformer, config)]
     fidelity = build_fidelity(config, tokenizer, source, images, ranks) if config.val_fd else None
-    task = TASKS[config.objective](config, transformer, tokenizer, source, ranks, fidelity, told)
+    task = TASKS[config.objective](config, transformer, tokenizer, source, ranks, fidelity, told, base)
     return Trainer(task, run_config(config, source.size), ranks)
 
 

@@ -8,8 +8,8 @@ from models.families import part_name
 from models.transformer import ScaleTransformer
 
 
-def parts_of(transformer: ScaleTransformer) -> dict[str, list[nn.Parameter]]:
-    """All parameters by part: embeddings, modulation, feed-forward, head, and the names of the mixers that there are."""
+def modules_of(transformer: ScaleTransformer) -> dict[str, list[nn.Module]]:
+    """The modules by part: embeddings, modulation, feed-forward, head, and the names of the mixers that there are."""
     modules: dict[str, list[nn.Module]] = {
         "embeddings": [transformer.class_embed, transformer.code_embed, transformer.scale_embed],
         "modulation": [block.modulation for block in transformer.blocks],
@@ -21,17 +21,24 @@ def parts_of(transformer: ScaleTransformer) -> dict[str, list[nn.Parameter]]:
     for block in transformer.blocks:
         for mixer in block.mixers:
             modules.setdefault(part_name(mixer), []).append(mixer)
+    return modules
+
+
+def parts_of(transformer: ScaleTransformer) -> dict[str, list[nn.Parameter]]:
+    """All parameters by part, as `modules_of`; those that belong to no module are embeddings."""
+    modules = modules_of(transformer)
     parts = {name: [parameter for module in found for parameter in module.parameters()] for name, found in modules.items()}
     parts["embeddings"] += [transformer.start_embed, transformer.position_embed]
     return parts
 
 
 def train_only_(transformer: ScaleTransformer, names: Sequence[str]) -> None:
-    """Leave all but these parts as they are. ValueError for a part that it has not."""
+    """Leave all but these parts, and adapters, as they are. ValueError for a part that it has not."""
     parts = parts_of(transformer)
     if unknown := [name for name in names if name not in parts]:
         raise ValueError(f"no part {unknown[0]!r}: give some of {', '.join(parts)}")
-    transformer.requires_grad_(False)
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_("lora_" in name)
     for name in names:
         for parameter in parts[name]:
             parameter.requires_grad_(True)

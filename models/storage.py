@@ -55,7 +55,8 @@ class Description:
     kind: "tokenizer" or "transformer". class_names: of the labels, empty where unknown. tokenizer: where the transformer's
     tokenizer was loaded from. training: the resolved configuration of the run that made it. tokenizer_hash: of what makes the
     tokens that the transformer was trained on (utils/data/token_cache.py), None where unknown. precision: of the weights in the
-    file, one of FILE_TYPES; beside those in half precision are some in float32.
+    file, one of FILE_TYPES; beside those in half precision are some in float32. base, base_hash: of adapters, which are nothing
+    alone, the transformer that they are beside and the hash of its weights (models/adapters.py); None for all others.
     """
 
     kind: str
@@ -64,6 +65,8 @@ class Description:
     training: dict = field(default_factory=dict)
     tokenizer_hash: str | None = None
     precision: str = "float32"
+    base: str | None = None
+    base_hash: str | None = None
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------
@@ -268,7 +271,8 @@ def save_model(directory: Path, model: nn.Module, description: Description) -> N
     """Write model.safetensors, with weights of the types that the model has, and config.json into an existing directory."""
     weights = model.state_dict()
     write_tensors(directory / WEIGHTS, weights)
-    write_config(directory, model.config, dataclasses.replace(description, precision=precision_of(weights)))
+    whole = dataclasses.replace(description, precision=precision_of(weights), base=None, base_hash=None)
+    write_config(directory, model.config, whole)
 
 
 def write_config(directory: Path, config: Any, description: Description) -> None:

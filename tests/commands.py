@@ -164,3 +164,10 @@ def assert_same_training(run: Path, other: Path) -> None:
     numbers = [{k: v for k, v in read_numbers(path).items() if k != "seconds"} for path in (ours, theirs)]
     assert numbers[0] == numbers[1]
     assert read_repeatable_metrics(run) == read_repeatable_metrics(other)
+
+
+def assert_refused(code: int, errors: str, message: str) -> None:
+    assert code != 0
+    assert message in errors
+    assert len([line for line in errors.splitlines() if "error" in line]) == 1
+    assert "Traceback" not in errors

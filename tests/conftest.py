@@ -8,7 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-from commands import make_images, make_tokenizer
+from commands import SMALL, make_images, make_tokenizer
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -46,3 +46,18 @@ def inception_weights(tmp_path_factory):
             torch.nn.init.kaiming_normal_(module.weight)
     torch.save(network.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def trained_var(images, tokenizer, tmp_path_factory):
+    """A VAR of two steps, whose classes have names."""
+    import train  # here, as it takes seconds
+    from dist import Ranks
+    from utils import cli
+    from utils.runs.config import TrainConfig
+
+    run = tmp_path_factory.mktemp("var")
+    words = [*SMALL, "--family=var", "--max_steps=2", "--vae", tokenizer, "--data_path", images, "--local_out_dir_path", run]
+    config = cli.parse(TrainConfig, "", list(map(str, words)))
+    train.build_trainer(config, Ranks(0, 1, torch.device("cpu"))).fit()
+    return run

@@ -7,6 +7,7 @@ import torch
 from commands import (
     D12,
     SMALL,
+    assert_refused,
     make_images,
     run_in_process,
     run_in_shell,
@@ -257,13 +258,6 @@ def test_a_checkpoint_of_another_shape_is_refused_and_kept(flags, message, finis
     assert sorted((str(path), path.stat().st_mtime_ns) for path in finished_run.rglob("*")) == before
 
 
-def assert_refused(code: int, errors: str, message: str) -> None:
-    assert code != 0
-    assert message in errors
-    assert len([line for line in errors.splitlines() if "error" in line]) == 1
-    assert "Traceback" not in errors
-
-
 def test_help_explains_every_flag(command):
     code, output, _ = command("--help")
     assert code == 0
@@ -271,16 +265,6 @@ def test_help_explains_every_flag(command):
 
 
 # --- from other weights -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained_var(images, tokenizer, tmp_path_factory):
-    """A VAR of two steps, whose classes have names."""
-    run = tmp_path_factory.mktemp("var")
-    words = [*SMALL, "--family=var", "--max_steps=2", "--vae", tokenizer, "--data_path", images, "--local_out_dir_path", run]
-    config = cli.parse(TrainConfig, "", list(map(str, words)))
-    train.build_trainer(config, Ranks(0, 1, torch.device("cpu"))).fit()
-    return run
 
 
 def test_a_run_starts_from_weights_of_another_kind_and_goes_on_without_them(trained_var, images, tokenizer, tmp_path, command):

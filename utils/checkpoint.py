@@ -10,15 +10,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
+from models.adapters import merged
 from models.hub import HubName, download
 from models.pyramid import Pyramid
 from models.storage import (
+    AVERAGED,
     CONFIG,
     FILE_TYPES,
     WEIGHTS,
     Description,
     fill_,
     precision_of,
+    read_averaged,
     read_config,
     read_description,
     read_model,
@@ -38,7 +43,7 @@ __all__ = [
     "DTYPES",
     "DTYPE_HELP",
     "Description",
-    "find_tokenizer",
+    "find_beside",
     "is_ours",
     "load_description",
     "load_fitting_tokenizer",
@@ -88,8 +93,8 @@ def load_tokenizer_for(source: str | Path, pyramid: Pyramid) -> VQVAE:
     return load_tokenizer(source, None if is_ours(locate(source, wanted="tokenizer")) else pyramid.sides)
 
 
-def find_tokenizer(named: str, checkpoint: str | Path) -> str:
-    """Where the tokenizer is that a checkpoint names: as it says, or below or beside a folder around the checkpoint."""
+def find_beside(named: str, checkpoint: str | Path) -> str:
+    """Where the model is that a checkpoint names: as it says, or below or beside a folder around the checkpoint."""
     here = Path(checkpoint)
     if here.exists() and not Path(named).exists() and not Path(named).is_absolute():
         for folder in (here.resolve(), *here.resolve().parents):
@@ -132,7 +137,27 @@ def load_transformer(source: str | Path, family: str | None = None, ema: bool = 
         return read_model(ScaleTransformer, path, weights, **changes)
     if not Path(source).is_file():  # a file that is named is the file that is loaded
         path = weights_file(path.parent, averaged=ema)
-    return read_model(ScaleTransformer, path, **changes)
+    if (description := read_description(path.parent)).base is None:
+        return read_model(ScaleTransformer, path, **changes)
+    transformer = read_model(ScaleTransformer, path, beside_base(path, description), **changes)
+    transformer.description = replace(transformer.description, base=None, base_hash=None)
+    return transformer
+
+
+def beside_base(path: Path, description: Description) -> dict[str, Tensor]:
+    """The weights of a checkpoint of adapters, merged into those of the transformer that they are beside.
+
+    ValueError or FileNotFoundError where that cannot be had, or has other weights by now.
+    """
+    try:
+        base = load_transformer(find_beside(description.base, path.parent))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: adapters beside {description.base}, which is not there: put it there") from error
+    if weights_hash(base) != description.base_hash:
+        raise ValueError(f"{path}: adapters beside {description.base}, which has other weights by now: give those back")
+    own = read_averaged(path.parent) if path.name == AVERAGED else read_tensors(path)
+    training = description.training
+    return merged(base.state_dict(), own, (training["lora_alpha"] or training["lora"]) / training["lora"])
 
 
 def released_transformer(tensors: dict, family: str | None, path: Path) -> ScaleTransformer:

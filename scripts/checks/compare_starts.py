@@ -54,6 +54,9 @@ ROWS = {
     "Markov from nothing": Row(("--family=markov",)),
     HALF: Row(("--family=var",), classes=FIRST, is_start=True),
     "new classes from VAR of the others": Row(("--family=var",), HALF, classes=OTHERS),
+    "new classes from VAR of the others, adapters and embeddings alone": Row(
+        ("--family=var", "--lora=16", "--train_only=embeddings"), HALF, classes=OTHERS
+    ),
     "new classes from nothing": Row(("--family=var",), classes=OTHERS),
 }
 

@@ -73,6 +73,9 @@ class TrainConfig:
     train_only: str = flag(
         "", "parts to train, with commas between them: modulation, mamba, attention, feed-forward, head, embeddings; empty: all"
     )
+    lora: int = flag(0, "rank of adapters, which are trained and saved alone, beside the linear layers of --init_from; 0: none")
+    lora_alpha: float = flag(0.0, "their factor times the rank, 0: the rank")
+    lora_parts: str = flag("", "parts with adapters: attention, mamba, feed-forward, modulation; empty: the first three")
     # optimisation
     bs: int = flag(768, "images per step, over all ranks and micro-batches", "--batch_size")
     ac: int = flag(1, "micro-batches per step (gradient accumulation)", "--accumulate")
@@ -173,10 +176,21 @@ class TrainConfig:
             )
         if self.train_only and not self.init_from:
             raise ValueError(f"--train_only={self.train_only}: the other parts would stay as they were drawn: give --init_from")
+        self._check_adapters()
         if self.objective == "cca":
             self._check_contrast()
         if self.parallel == "fsdp" and self.fp16 == 1:
             raise ValueError("--parallel=fsdp with --fp16=1: sharded training has no loss scaling: give --fp16=2 (bfloat16)")
+
+    def _check_adapters(self) -> None:
+        if self.lora < 0 or self.lora_alpha < 0:
+            raise ValueError(f"--lora={self.lora}, --lora_alpha={self.lora_alpha}: give numbers of at least 0")
+        if not self.lora and (self.lora_alpha or self.lora_parts):
+            raise ValueError("--lora_alpha and --lora_parts are of adapters: give --lora, their rank")
+        if self.lora and not self.init_from:
+            raise ValueError(f"--lora={self.lora}: adapters are nothing without trained weights: give --init_from")
+        if self.lora and self.parallel == "fsdp":
+            raise ValueError(f"--lora={self.lora}: adapters are small: give --parallel=ddp")
 
     def _check_contrast(self) -> None:
         if not self.init_from:

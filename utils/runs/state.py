@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -14,11 +14,18 @@ AVERAGED = "ema"
 
 @dataclass(frozen=True)
 class Part:
-    """A model that is trained, by an optimizer of its own; grad_clip: largest norm of its gradient."""
+    """A model that is trained, by an optimizer of its own.
+
+    grad_clip: largest norm of its gradient. saved: names of the parameters that checkpoints hold, None: all.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     grad_clip: float = math.inf
+    saved: Set[str] | None = None
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in named(self.model).items() if self.saved is None or name in self.saved}
 
     def advance(self, scaler: torch.amp.GradScaler) -> Tensor:
         """Apply the gradients that backward passes have left; returns their norm before clipping, (), on the device.
@@ -68,7 +75,7 @@ class TrainState:
         "model.NAME", "ema.NAME" and "optimizer.NAME.KEY"; of another part "PART.NAME" and "PART_optimizer.NAME.KEY". What
         stands before the first dot is a section: a file of a checkpoint.
         """
-        sections = {name: named(part.model) for name, part in self.parts.items()} | {AVERAGED: self.ema}
+        sections = {name: part.saved_tensors() for name, part in self.parts.items()} | {AVERAGED: self.ema}
         for name, part in self.parts.items():
             sections[optimizer_section(name)] = optimizer_tensors(part.model, part.optimizer)
         return flattened(sections)

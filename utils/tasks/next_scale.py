@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dist import Ranks, gradient_exchange, replicated, shard_, whole_outside_forward
+from models.adapters import Base, own_tensors
 from models.generate import generate
 from models.precision import tokenizer_in, told_of_tokens
 from models.scan_backends import choose_scan_
@@ -67,8 +68,12 @@ class NextScalePrediction(Task):
         ranks: Ranks,
         fidelity: Fidelity | None = None,
         told: Sequence[str] = (),
+        base: Base | None = None,
     ):
-        """told: what a reader of the log should know of the images, and of where the weights of a new run are from."""
+        """told: what a reader of the log should know of the images, and of where the weights of a new run are from.
+
+        base: what the transformer's adapters, where it has any, are beside.
+        """
         self.flags = self.config = config
         self.data, self.ranks, self.fidelity, self.told = data, ranks, fidelity, told
         self.title, self.details = f"{config.family} depth {config.depth}", f"pyramid {transformer.pyramid}"
@@ -83,7 +88,9 @@ class NextScalePrediction(Task):
         if config.tfast:
             self._compile_()
         self.spread = self._spread(transformer.to(ranks.device).train())
-        self.parts = {MODEL: Part(transformer, build_adamw(transformer), config.tclip or math.inf)}
+        self.base = base
+        saved = None if base is None else own_tensors(transformer, base)
+        self.parts = {MODEL: Part(transformer, build_adamw(transformer), config.tclip or math.inf, saved)}
         peak = config.peak_tflops * 1e12 or peak_flops(torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu")
         # the share of the peak that one image a second takes
         self.mfu_of_image = training_flops(transformer.config) / (peak * ranks.world) if peak else None
@@ -285,7 +292,9 @@ class NextScalePrediction(Task):
     # --- saved with it --------------------------------------------------------------------------------------------------
 
     def description(self) -> Description:
-        return Description("transformer", self.data.class_names, self.config.vae, asdict(self.config), self.tokenizer_hash)
+        known = self.data.class_names, self.config.vae, asdict(self.config), self.tokenizer_hash
+        base = {} if self.base is None else {"base": self.base.source, "base_hash": self.base.hash}
+        return Description("transformer", *known, **base)
 
     def circumstances(self) -> dict:
         return {"tokenizer": self.tokenizer_hash}
@@ -297,6 +306,12 @@ class NextScalePrediction(Task):
             raise ValueError(
                 f"{checkpoint}: trained on tokens of a tokenizer with hash {short(theirs)}, the one given has "
                 f"{short(self.tokenizer_hash)}: give that one, or another --local_out_dir_path"
+            )
+        theirs, ours = read_description(checkpoint).base_hash, None if self.base is None else self.base.hash
+        if theirs != ours:
+            held = "the whole transformer" if theirs is None else "adapters of other weights" if ours else "adapters alone"
+            raise ValueError(
+                f"{checkpoint}: holds {held}: resume with the run's own --init_from and --lora, or another --local_out_dir_path"
             )
         check_classes(read_description(checkpoint).class_names, self.data.class_names, checkpoint, "the data given")
 
