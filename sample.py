@@ -41,8 +41,8 @@ from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import cli, plots
 from utils.background import Background
-from utils.checkpoint import find_tokenizer, load_description, load_tokenizer_for, load_transformer
-from utils.class_names import parse_classes, told_classes
+from utils.checkpoint import find_beside, load_description, load_tokenizer_for, load_transformer
+from utils.class_names import parse_classes, shown_names, told_classes
 from utils.data.token_cache import check_trained_on
 from utils.dump import Dump, begun_settings, finished_settings
 from utils.evidence import commit
@@ -159,7 +159,7 @@ def load_models(config: SampleConfig, device: torch.device) -> tuple[ScaleTransf
     if not (config.vae or named):
         raise ValueError(f"{config.ckpt}: does not name its tokenizer: give --vae")
     try:
-        tokenizer = load_tokenizer_for(config.vae or find_tokenizer(named, config.ckpt), transformer.pyramid)
+        tokenizer = load_tokenizer_for(config.vae or find_beside(named, config.ckpt), transformer.pyramid)
     except FileNotFoundError as error:
         if config.vae:
             raise
@@ -319,7 +319,7 @@ def main() -> None:
         if ranks.is_main:
             print(f"{scan_choice}\n{precision.in_words()}", file=sys.stderr)
         num_classes = transformer.config.num_classes
-        names = [*(class_names or [str(label) for label in range(num_classes)]), "none"]
+        names = [*shown_names(class_names, num_classes), "none"]
         if config.classes and config.classes != "random":
             classes = parse_classes(config.classes, class_names, num_classes)
         else:
@@ -327,7 +327,7 @@ def main() -> None:
         labels = all_labels(config, classes, num_classes)
         if config.judge and num_classes in labels:
             raise ValueError(f"--judge={config.judge}: of images of no class nothing can be judged: leave one of both out")
-        if ranks.is_main and class_names:
+        if ranks.is_main and names[0] != "0":
             print(told_classes(labels, names), file=sys.stderr)
         for setting in settings:
             done = f"wrote {len(labels)} images ({config.format}) to {setting.out}"
