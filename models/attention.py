@@ -12,6 +12,7 @@ keys of the tile and of a halo around it, under a small mask.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -205,6 +206,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.history = self.carries_state = history
         self.normalize = normalize
+        self.window = window
         self.qkv = LinearOfOtherBias(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))  # keys have no bias: it would cancel in the softmax
         self.v_bias = nn.Parameter(torch.zeros(width))
@@ -291,6 +293,23 @@ class Attention(nn.Module):
                 y = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale)  # (B, H, L_together, D)
                 outputs.append(y.transpose(1, 2).flatten(2))
         return self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state  # (B, L_of_scales, C)
+
+    def weights(self, x: Tensor, scales: range) -> Iterator[tuple[int, int, Tensor]]:
+        """For people who want to see them: scale, head and attention weights (B, h_k * w_k, keys), one after another.
+
+        x (B, L_of_scales, C), from the first scale on; keys: the tokens of the scales so far, without history of this one.
+        """
+        q, k, _ = self._project(x)  # (B, H, L_of_scales, D) each
+        scale = 1.0 if self.normalize else 0.25 / math.sqrt(q.shape[-1])
+        for number in scales:
+            queries = self.pyramid.tokens(range(number, number + 1))
+            keys = slice(0 if self.history else queries.start, queries.stop)
+            hidden = None
+            if number in self.windowed_scales:
+                hidden = ~window_mask(*self.pyramid.shapes[number], self.window).to(x.device)
+            for head in range(self.heads):
+                scores = scale * q[:, head, queries].float() @ k[:, head, keys].float().transpose(1, 2)
+                yield number, head, (scores if hidden is None else scores.masked_fill(hidden, -torch.inf)).softmax(dim=-1)
 
     def _written(self, past: Tensor, new: Tensor, scales: range) -> Tensor:
         """past (B, H, L, D) with new (B, H, L_of_scales, D) in place of these scales, in place where it is long enough."""

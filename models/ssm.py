@@ -268,6 +268,11 @@ class Mamba2(nn.Module):
         sizes = [self.ssm.inner + self.ssm.conv_dim, self.ssm.heads]
         return self.in_proj(x).split(sizes, dim=-1)  # of a packed layer or of one with an adapter
 
+    def log_decays(self, x: Tensor) -> Tensor:
+        """x (B, L, C) -> (B, L, H): the logarithm, at most 0, of what every token leaves of the state before it."""
+        _, dt = self._project(x)
+        return F.softplus(dt.to(self.ssm.dt_bias.dtype) + self.ssm.dt_bias) * -self.ssm.A_log.exp()
+
     def between_projections(self, zxBC: Tensor, dt: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
         """(B, L, inner + conv_dim), (B, L, H) -> (B, L, inner), state. For the backward pass it keeps no more than these."""
         if state is None and self.ssm.whole is not None:  # keeps as little by itself

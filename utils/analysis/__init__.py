@@ -1,0 +1,1 @@
+"""What trained transformers look at, measured on real images."""
