@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from models.drawing import Generators, draw_indices, exponential_noise, filter_logits, guide, image_seed, mix_weights
+from models.editing import Kept
 from models.tokenizer import VQVAE
 from models.transformer import BlockState, ScaleTransformer
 
@@ -131,10 +132,11 @@ def sample_scales(
     config: SamplingConfig,
     noise: Noise,
     refiner: Refiner | None = None,
+    kept: Kept | None = None,
 ) -> SampledScales:
     """All scales of images of the given classes (B,), one after another.
 
-    refiner: who goes on after the first scales, with a state made of them in one pass.
+    refiner: who goes on after the first scales, with a state made of them in one pass. kept: what is not drawn.
 
     noise is asked for random numbers in a fixed order: at each scale those that draw its tokens (B, h_k * w_k, V), and with
     config.smooth as many again. Nothing here waits for the device or depends on a value. What the transformer computes is in
@@ -158,15 +160,20 @@ def sample_scales(
         finite.append((logits.abs() < LARGEST_LOGIT).all())  # not where one is NaN
         divisor = config.divisor(progress)
         logits = filter_logits(logits if divisor == 1 else logits / divisor, config.top_k, config.top_p, config.min_p)
-        indices.append(draw_indices(logits, noise(logits)))
+        drawn = draw_indices(logits, noise(logits))
+        indices.append(drawn if kept is None else torch.where(kept.tokens[k], kept.indices[k], drawn))
         if config.smooth:
             temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
             weights = mix_weights(logits * (1 + progress), temperature, noise(logits))
             with torch.autocast(logits.device.type, enabled=False):
                 vectors = weights @ codebook.weight
+            if kept is not None:
+                vectors = torch.where(kept.tokens[k][:, None], codebook(kept.indices[k]), vectors)
         else:
             vectors = codebook(indices[k])
         f_hat = quantizer.add_scale(state.f_hat, k, vectors)
+        if kept is not None:
+            f_hat = torch.where(kept.places[k], kept.sums[k], f_hat)
         sums.append(f_hat)
         is_last = k + 1 == pyramid.num_scales
         state = GenerationState(blocks, f_hat, state.inputs if is_last else quantizer.next_input(f_hat, k))
@@ -225,6 +232,7 @@ def sample(
     config: SamplingConfig,
     generator: Generators = None,
     refiner: Refiner | None = None,
+    kept: Kept | None = None,
 ) -> SampledScales:
     """`sample_scales` with random numbers of a generator on the labels' device, or of one for each image.
 
@@ -232,7 +240,7 @@ def sample(
     """
     check_models(transformer, tokenizer, refiner)
     noise = functools.partial(exponential_noise, generator=generator)
-    return sample_scales(transformer, tokenizer, labels, config, noise, refiner)
+    return sample_scales(transformer, tokenizer, labels, config, noise, refiner, kept)
 
 
 def decode_sampled(tokenizer: VQVAE, sampled: SampledScales) -> Tensor:
@@ -257,6 +265,7 @@ def generate(
     top_p: float = 0.96,
     smooth: bool = False,
     generator: Generators = None,
+    kept: Kept | None = None,
     **further: Any,
 ) -> Generation:
     """Images of the given classes.
@@ -265,13 +274,14 @@ def generate(
     at scale k = 0 .. K - 1, logits (1 + t) * cond - t * uncond; 0 computes no unconditional rows (and gives what strength 0
     gives). top_k, top_p: see filter_logits. smooth: mix code vectors by Gumbel-softmax instead of choosing one, for pictures,
     never for FID; the indices returned are then those drawn and not used. generator: on the labels' device; one, or one for
-    each image, whose random numbers then do not depend on the others in the batch. further: fields of SamplingConfig.
+    each image, whose random numbers then do not depend on the others in the batch. kept: what is not drawn (models/editing.py).
+    further: fields of SamplingConfig.
 
     Returns images (B, 3, H, W) in [0, 1], K index tensors (B, h_k * w_k) and the features after each scale.
     ValueError if tokenizer and transformer do not fit, or if the transformer gives no numbers.
     """
     config = SamplingConfig(guidance_scale, top_k, top_p, smooth, **further)
-    sampled = sample(transformer, tokenizer, labels, config, generator)
+    sampled = sample(transformer, tokenizer, labels, config, generator, kept=kept)
     check_finite(sampled)
     return Generation(decode_sampled(tokenizer, sampled), sampled.indices, sampled.sums)
 
