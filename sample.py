@@ -48,6 +48,7 @@ from utils.dump import Dump, begun_settings, finished_settings
 from utils.evidence import commit
 from utils.files import check_writable
 from utils.sampling.config import AUTO, SampleConfig, Setting
+from utils.sampling.editing import Edited
 from utils.sampling.judging import BestOf, Judge, Sampler
 
 FID_IMAGES_PER_CLASS = 50
@@ -74,14 +75,15 @@ def make_sampler(
     helpers: "Helpers | None" = None,
 ) -> Sampler:
     """What samples cohorts. ValueError if the models do not fit."""
-    refiner, judge = helpers or Helpers()
+    refiner, judge, edited = helpers or Helpers()
+    kept = None if edited is None else edited.kept
     how = config.drawing(setting)
     if config.cuda_graph:
         draw = CapturedSampler(transformer, tokenizer, how, COHORT_SIZE["cuda"], refiner=refiner)
     else:
 
         def draw(labels: Tensor, generators: Generators) -> SampledScales:
-            return sample(transformer, tokenizer, labels, how, generators, refiner)
+            return sample(transformer, tokenizer, labels, how, generators, refiner, kept)
 
     return draw if judge is None else BestOf(config.best_of, draw, tokenizer, judge)
 
@@ -123,11 +125,15 @@ def scale_pictures(tokenizer: VQVAE, sampled: SampledScales) -> np.ndarray:
     return np.stack(steps, axis=1)
 
 
-def write_grid(out: Path, images: np.ndarray, labels: list[int], names: list[str]) -> None:
-    """One row per class, its name beside it."""
+def write_grid(out: Path, images: np.ndarray, labels: list[int], names: list[str], edited: Edited | None = None) -> None:
+    """One row per class, its name beside it; of an edited picture first that and its reconstruction."""
     rows = {label: images[np.array(labels) == label] for label in dict.fromkeys(labels)}
-    shown = plots.drawable(names)
-    plots.grid(list(rows.values()), [shown[label] for label in rows]).save(out)
+    shown, heads = plots.drawable(names), None
+    if edited is not None:
+        before = np.concatenate([plots.to_uint8(edited.original), plots.to_uint8(edited.decoded)])
+        rows = {label: np.concatenate([before, row]) for label, row in rows.items()}
+        heads = ["original", "decoded"]
+    plots.grid(list(rows.values()), [shown[label] for label in rows], heads).save(out)
 
 
 def write_scales(out: Path, pictures: np.ndarray, labels: list[int], names: list[str], tokenizer: VQVAE) -> None:
@@ -176,16 +182,19 @@ class Helpers(NamedTuple):
 
     refiner: Refiner | None = None
     judge: Judge | None = None
+    edited: Edited | None = None
 
     @classmethod
-    def load(cls, config: SampleConfig, transformer: ScaleTransformer, device: torch.device) -> "Helpers":
-        """Those of --refine_ckpt and --judge. ValueError and FileNotFoundError where they cannot be had, or do not fit."""
-        refiner = judge = None
+    def load(cls, config: SampleConfig, transformer: ScaleTransformer, tokenizer: VQVAE, device: torch.device) -> "Helpers":
+        """Those that the flags name. ValueError and FileNotFoundError where they cannot be had, or do not fit."""
+        refiner = judge = edited = None
         if config.refine_ckpt:
             refiner = Refiner(load_transformer(config.refine_ckpt, ema=config.ema).to(device), config.draft_scales)
         if config.judge:
             judge = Judge(config.judge, transformer.config.num_classes, device)
-        return cls(refiner, judge)
+        if config.edit:
+            edited = Edited.load(tokenizer, config.edit, config.mask, config.box, config.outside, config.keep_scales)
+        return cls(refiner, judge, edited)
 
     def hashes(self) -> dict[str, str]:
         """Of their weights, for the settings of a dump."""
@@ -227,14 +236,18 @@ def draw_pictures(
             sampled = sampler(cohort.labels, cohort.generators)
             check_finite(sampled)
             in_scales = config.format == "scales"
-            pictures = scale_pictures(tokenizer, sampled) if in_scales else plots.to_uint8(decode_sampled(tokenizer, sampled))
+            if in_scales:
+                pictures = scale_pictures(tokenizer, sampled)
+            else:
+                images = decode_sampled(tokenizer, sampled)
+                pictures = plots.to_uint8(helpers.edited.pasted(images) if config.paste else images)
             kept.append(pictures[: len(cohort.numbers)])
             bar.update(len(cohort.numbers))
     if isinstance(sampler, BestOf):
         print(sampler.told(), file=sys.stderr)
     setting.out.parent.mkdir(parents=True, exist_ok=True)
     if config.format == "grid":
-        write_grid(setting.out, np.concatenate(kept), labels, names)
+        write_grid(setting.out, np.concatenate(kept), labels, names, helpers.edited)
     else:
         write_scales(setting.out, np.concatenate(kept), labels, names, tokenizer)
 
@@ -301,7 +314,7 @@ def main() -> None:
         if ranks.world > 1 and not config.is_dump:
             raise ValueError(f"--format={config.format}: a picture is made by one process: run it without torchrun")
         transformer, tokenizer, class_names = load_models(config, ranks.device)
-        helpers = Helpers.load(config, transformer, ranks.device)
+        helpers = Helpers.load(config, transformer, tokenizer, ranks.device)
         check_models(transformer, tokenizer, helpers.refiner)
         for setting in settings:
             config.drawing(setting).guided(transformer.pyramid.num_scales)

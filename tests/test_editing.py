@@ -1,28 +1,34 @@
 """Editing: what is kept comes out as it was, whatever is drawn beside it."""
 
+import numpy as np
 import pytest
 import torch
+from commands import assert_refused, run_in_process
+from PIL import Image
 from small_models import SIDES, seeded, small_tokenizer, small_transformer
 
+import sample
 from models.editing import Kept, covered
 from models.generate import generate
 from models.pyramid import Pyramid
+from utils.checkpoint import load_tokenizer
+from utils.sampling.editing import Edited
 
 PYRAMID = Pyramid(SIDES)
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def small():
     return small_tokenizer()
 
 
-def an_image(tokenizer, count: int = 1):
-    return torch.rand(count, 3, *tokenizer.config.image_shape, generator=seeded(5)) * 2 - 1
+def an_image(small, count: int = 1):
+    return torch.rand(count, 3, *small.config.image_shape, generator=seeded(5)) * 2 - 1
 
 
-def a_box(tokenizer):
+def a_box(small):
     """The lower right quarter."""
-    height, width = tokenizer.config.image_shape
+    height, width = small.config.image_shape
     mask = torch.zeros(height, width, dtype=torch.bool)
     mask[height // 2 :, width // 2 :] = True
     return mask
@@ -30,20 +36,20 @@ def a_box(tokenizer):
 
 @pytest.mark.parametrize("family", ["mvar", "var", "markov", "markov-mamba"])
 @pytest.mark.parametrize("smooth", [False, True])
-def test_outside_of_the_mask_is_the_reconstruction(family, smooth, tokenizer):
-    images, mask = an_image(tokenizer), a_box(tokenizer)
-    kept = Kept.of(tokenizer, images, mask)
-    made = generate(small_transformer(family), tokenizer, torch.tensor([1, 4]), smooth=smooth, generator=seeded(3), kept=kept)
-    *_, features = tokenizer.quantizer.partial_sums(tokenizer.encode(images))
+def test_outside_of_the_mask_is_the_reconstruction(family, smooth, small):
+    images, mask = an_image(small), a_box(small)
+    kept = Kept.of(small, images, mask)
+    made = generate(small_transformer(family), small, torch.tensor([1, 4]), smooth=smooth, generator=seeded(3), kept=kept)
+    *_, features = small.quantizer.partial_sums(small.encode(images))
     redrawn = covered(mask, PYRAMID.shapes[-1])
     assert torch.equal(made.sums[-1][:, :, ~redrawn], features[:, :, ~redrawn].expand(2, -1, -1))
     assert ((made.sums[-1] - features)[:, :, redrawn].abs().amax(1) > 1e-3).float().mean() > 0.5
-    plain = generate(small_transformer(family), tokenizer, torch.tensor([1, 4]), smooth=smooth, generator=seeded(3))
+    plain = generate(small_transformer(family), small, torch.tensor([1, 4]), smooth=smooth, generator=seeded(3))
     assert not torch.equal(made.indices[-1], plain.indices[-1])
 
 
-def test_tokens_are_drawn_where_they_cover_any_pixel_of_the_mask(tokenizer):
-    kept = Kept.of(tokenizer, an_image(tokenizer), a_box(tokenizer))
+def test_tokens_are_drawn_where_they_cover_any_pixel_of_the_mask(small):
+    kept = Kept.of(small, an_image(small), a_box(small))
     assert not kept.tokens[0].any()  # the one token of the first scale covers all
     for k, (height, width) in enumerate(PYRAMID.shapes):
         tokens = kept.tokens[k].view(height, width)
@@ -52,23 +58,23 @@ def test_tokens_are_drawn_where_they_cover_any_pixel_of_the_mask(tokenizer):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_coarse_scales_that_are_kept_are_those_of_the_image(count, tokenizer):
-    images = an_image(tokenizer)
-    kept = Kept.of(tokenizer, images, keep_scales=count)
-    made = generate(small_transformer(), tokenizer, torch.tensor([1, 4]), generator=seeded(3), kept=kept)
-    for k, (ours, theirs) in enumerate(zip(made.indices, tokenizer.encode(images), strict=True)):
+def test_coarse_scales_that_are_kept_are_those_of_the_image(count, small):
+    images = an_image(small)
+    kept = Kept.of(small, images, keep_scales=count)
+    made = generate(small_transformer(), small, torch.tensor([1, 4]), generator=seeded(3), kept=kept)
+    for k, (ours, theirs) in enumerate(zip(made.indices, small.encode(images), strict=True)):
         assert torch.equal(ours, theirs.expand(2, -1)) == (k < count)
     for ours, theirs in zip(made.sums[:count], kept.sums[:count], strict=True):
         assert torch.equal(ours, theirs.expand(2, -1, -1, -1))
 
 
-def test_a_model_sees_of_what_is_kept_what_it_would_see_of_the_image(tokenizer):
+def test_a_model_sees_of_what_is_kept_what_it_would_see_of_the_image(small):
     """All but the last scale kept: its logits are those of the image's own tokens, so that the likeliest are drawn alike."""
-    images, transformer = an_image(tokenizer), small_transformer()
-    indices = tokenizer.encode(images)
-    expected = transformer(torch.tensor([2]), tokenizer.teacher_inputs(indices))[:, PYRAMID.offsets[-2] :].argmax(-1)
-    kept = Kept.of(tokenizer, images, keep_scales=len(SIDES) - 1)
-    made = generate(transformer, tokenizer, torch.tensor([2]), guidance_scale=0, top_k=1, generator=seeded(3), kept=kept)
+    images, transformer = an_image(small), small_transformer()
+    indices = small.encode(images)
+    expected = transformer(torch.tensor([2]), small.teacher_inputs(indices))[:, PYRAMID.offsets[-2] :].argmax(-1)
+    kept = Kept.of(small, images, keep_scales=len(SIDES) - 1)
+    made = generate(transformer, small, torch.tensor([2]), guidance_scale=0, top_k=1, generator=seeded(3), kept=kept)
     assert torch.equal(made.indices[-1], expected)
 
 
@@ -80,11 +86,87 @@ def test_a_model_sees_of_what_is_kept_what_it_would_see_of_the_image(tokenizer):
         ({"keep_scales": -1}, "-1 kept scales"),
     ],
 )
-def test_what_cannot_be_kept_is_refused(options, message, tokenizer):
+def test_what_cannot_be_kept_is_refused(options, message, small):
     with pytest.raises(ValueError, match=message):
-        Kept.of(tokenizer, an_image(tokenizer), **options)
+        Kept.of(small, an_image(small), **options)
 
 
-def test_an_empty_mask_is_refused(tokenizer):
+def test_an_empty_mask_is_refused(small):
     with pytest.raises(ValueError, match="the mask is empty: nothing would be drawn anew"):
-        Kept.of(tokenizer, an_image(tokenizer), torch.zeros(tokenizer.config.image_shape, dtype=torch.bool))
+        Kept.of(small, an_image(small), torch.zeros(small.config.image_shape, dtype=torch.bool))
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A picture of 40 x 32 px, a mask with a white square, and one of another size."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    mask = np.zeros((32, 40), np.uint8)
+    mask[4:28, 20:36] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.fromarray(mask[:16]).save(tmp_path / "small.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, trained_var, tokenizer, tmp_path):
+    common = ["--ckpt", trained_var, "--vae", tokenizer, "--num=3", "--out", tmp_path / "edited.png"]
+    return lambda *arguments: run_in_process(sample.main, list(map(str, [*common, *arguments])), monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--box=20,4,36,28"], ["--mask=MASK", "--outside"], ["--keep_scales=2"], ["--mask=MASK", "--paste", "--smooth"]]
+)
+def test_a_picture_is_edited(flags, picture, tmp_path, command):
+    flags = [flag.replace("MASK", str(tmp_path / "mask.png")) for flag in flags]
+    code, _, errors = command("--edit", picture, "--classes=0,2", *flags)
+    assert code == 0, errors
+    with Image.open(tmp_path / "edited.png") as made:
+        assert made.size[0] > made.size[1]  # two rows of four: original, decoded and two drawn
+
+
+def test_boxes_masks_and_pasted_pixels(picture, tokenizer, tmp_path):
+    model = load_tokenizer(tokenizer)
+    by_box = Edited.load(model, str(picture), "", "20,4,36,28", outside=False, keep_scales=0)
+    by_mask = Edited.load(model, str(picture), str(tmp_path / "mask.png"), "", outside=False, keep_scales=0)
+    beyond = Edited.load(model, str(picture), "", "20,4,36,28", outside=True, keep_scales=0)
+    assert torch.equal(by_box.redrawn, by_mask.redrawn)
+    assert torch.equal(by_box.redrawn, ~beyond.redrawn)
+    height, width = model.config.image_shape
+    inside = by_box.redrawn.float().mean().item()
+    assert 0.3 < inside < 0.5  # 24 x 16 of the 32 x 32 in the middle
+    images = torch.full((2, 3, height, width), 0.5)
+    pasted = by_box.pasted(images)
+    assert torch.equal(pasted[:, :, by_box.redrawn], images[:, :, by_box.redrawn])
+    far = ~by_box.redrawn
+    far[:, width // 4 :] = False
+    assert far.any()
+    assert torch.equal(pasted[:, :, far], by_box.original[:, :, far].expand(2, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--box=1,1,2,2"], "--mask, --box, --outside, --keep_scales and --paste are of a picture: give it as --edit"),
+        (["--edit=PHOTO"], "nothing of it would be kept: give --mask, --box or --keep_scales"),
+        (["--edit=PHOTO", "--box=4,4,99,8"], "--box=4,4,99,8: does not lie in "),
+        (["--edit=PHOTO", "--box=4,4,8"], "--box=4,4,8: give left, top, right and bottom in pixels, such as 8,8,24,24"),
+        (["--edit=PHOTO", "--mask=SMALL"], "is of 40x16 px"),
+        (["--edit=PHOTO", "--mask=SMALL", "--box=1,1,2,2"], "give one of both"),
+        (["--edit=nowhere.png", "--box=1,1,2,2"], "nowhere.png: no such picture"),
+        (["--edit=PHOTO", "--keep_scales=9"], "9 kept scales: the pyramid has "),
+        (["--edit=PHOTO", "--box=1,1,9,9", "--format=npz"], "is for pictures: give --format=grid or scales"),
+        (["--edit=TEXT", "--box=1,1,9,9"], "not a readable image"),
+        (["--edit=PHOTO", "--box=0,0,1,1", "--outside", "--keep_scales=-1"], "-1 kept scales"),
+    ],
+)
+def test_wrong_words_about_editing_are_refused(flags, message, picture, tmp_path, command):
+    (tmp_path / "notes.png").write_text("no picture")
+    for name, file in (("PHOTO", picture), ("SMALL", tmp_path / "small.png"), ("TEXT", tmp_path / "notes.png")):
+        flags = [flag.replace(name, str(file)) for flag in flags]
+    code, _, errors = command(*flags)
+    assert_refused(code, errors, message)
+    assert not (tmp_path / "edited.png").exists()

@@ -49,7 +49,7 @@ ALLOWED = {
     "tasks": {"losses", "runs", "metrics", "data", "dist", "utils", "models"},
     "losses": {"dist", "utils", "models"},
     "runs": {"sampling", "metrics", "data", "dist", "utils", "models"},
-    "sampling": {"metrics", "utils", "models"},
+    "sampling": {"metrics", "data", "utils", "models"},
     "metrics": {"data", "dist", "utils", "models"},
     "analysis": {"models"},
     "data": {"utils", "models"},

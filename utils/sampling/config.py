@@ -10,6 +10,7 @@ from models.generate import GUIDANCE_SCHEDULES, SamplingConfig
 from models.precision import PRECISIONS, Precision
 from models.scan_backends import SCAN_BACKENDS
 from utils.cli import flag, required
+from utils.sampling.editing import check_editing
 from utils.sampling.flags import guided_scales, temperatures
 
 PRESETS = {
@@ -60,6 +61,12 @@ class SampleConfig:
     )
     draft_scales: int = flag(0, "--refine_ckpt: so many coarse scales are drawn by --ckpt")
     min_p: float = flag(0.0, "leave out codes that are less than so many times as likely as the likeliest, 0: none")
+    edit: str = flag("", "a picture of which a part is kept and the rest is drawn, of each of --classes; grids and scales")
+    mask: str = flag("", "--edit: a picture of its size, white where it is drawn anew")
+    box: str = flag("", "--edit: that as left,top,right,bottom, in pixels of the picture")
+    outside: bool = flag(False, "--edit: draw anew all but what --mask or --box say")
+    keep_scales: int = flag(0, "--edit: the so many coarsest scales are kept everywhere, for variations")
+    paste: bool = flag(False, "--edit: put the picture's own pixels back where nothing was drawn, with a soft edge")
     batch: int = flag(
         64, "images that a rank takes at a time, in whole cohorts of 16 (on GPUs 64) that are always computed alike"
     )
@@ -91,6 +98,9 @@ class SampleConfig:
             raise ValueError(f"--best_of={self.best_of} --judge={self.judge}: give both, --best_of 2 or more, or neither")
         if bool(self.refine_ckpt) != bool(self.draft_scales):
             raise ValueError(f"--refine_ckpt={self.refine_ckpt} --draft_scales={self.draft_scales}: give both, or neither")
+        check_editing(self.edit, self.mask, self.box, self.outside, self.keep_scales, self.paste)
+        if self.edit and (self.is_dump or self.cuda_graph):
+            raise ValueError(f"--edit={self.edit}: is for pictures: give --format=grid or scales, without --cuda_graph")
         if self.precision != AUTO:
             Precision.parse(self.precision)
 

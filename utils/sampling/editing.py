@@ -1,0 +1,105 @@
+"""What sample.py is told of editing: the picture, and the part of it that is drawn anew, as a mask or a box."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from models.editing import Kept
+from models.tokenizer import VQVAE
+from utils.data.pictures import read_picture
+
+SOFT = 1 / 32  # of the side of an image: how far pasted pixels and drawn ones are mixed
+
+
+class Edited(NamedTuple):
+    """A picture and what is kept of it."""
+
+    original: Tensor  # (1, 3, H, W) in [0, 1]
+    decoded: Tensor  # the same, as the tokenizer reconstructs it
+    redrawn: Tensor  # (H, W) bool
+    kept: Kept
+
+    @classmethod
+    @torch.no_grad()
+    def load(cls, tokenizer: VQVAE, image: str, mask: str, box: str, outside: bool, keep_scales: int) -> "Edited":
+        """Of the centre of a picture, brought to the size of the tokenizer's images.
+
+        mask: a picture of the same size, white where it is drawn anew; box: that as "left,top,right,bottom", in pixels of
+        the picture; neither: everywhere. outside: everywhere but there. ValueError, in one line, for what does not fit.
+        """
+        device = tokenizer.quantizer.codebook.weight.device
+        height, width = tokenizer.config.image_shape
+        picture = read_picture(image)
+        area = chosen_area(picture.size, image, mask, box)
+        if outside:
+            area = ImageOps.invert(area)
+        original, shown = (
+            np.asarray(ImageOps.fit(part, (width, height), how))
+            for part, how in ((picture, Image.Resampling.LANCZOS), (area, Image.Resampling.NEAREST))
+        )
+        pixels = torch.from_numpy(original.copy()).permute(2, 0, 1)[None].to(device) / 255
+        redrawn = torch.from_numpy(shown > 127).to(device)
+        try:
+            kept = Kept.of(tokenizer, pixels * 2 - 1, redrawn, keep_scales)
+        except ValueError as error:
+            raise ValueError(f"{image}, brought to {width}x{height} px: {error}") from error
+        decoded = (tokenizer.decode_features(kept.sums[-1]) + 1) / 2
+        return cls(pixels, decoded, redrawn, kept)
+
+    def pasted(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] with the original's pixels where nothing was drawn; the edge outside of it is soft."""
+        radius = max(round(SOFT * min(images.shape[2:])), 1)
+        drawn = self.redrawn[None, None].float()
+        size = 2 * radius + 1
+        wider = F.max_pool2d(drawn, size, stride=1, padding=radius)
+        soft = F.avg_pool2d(F.pad(wider, [radius] * 4, mode="replicate"), size, stride=1)  # (1, 1, H, W)
+        return torch.lerp(self.original, images, torch.maximum(drawn, soft))
+
+
+def chosen_area(size: tuple[int, int], image: str, mask: str, box: str) -> Image.Image:
+    """Grey, of the picture's size (width, height): white where it is drawn anew."""
+    if mask:
+        area = read_picture(mask).convert("L")
+        if area.size != size:
+            raise ValueError(
+                f"{mask}: is of {area.size[0]}x{area.size[1]} px, {image} of {size[0]}x{size[1]}: give a mask of its size"
+            )
+        return area
+    if not box:
+        return Image.new("L", size, 255)
+    left, top, right, bottom = parse_box(box)
+    if not (0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]):
+        raise ValueError(f"--box={box}: does not lie in {image}, which is of {size[0]}x{size[1]} px")
+    area = Image.new("L", size, 0)
+    area.paste(255, (left, top, right, bottom))
+    return area
+
+
+def parse_box(text: str) -> tuple[int, int, int, int]:
+    """'8,8,24,24' -> left, top, right, bottom. ValueError for anything else."""
+    words = text.split(",")
+    if len(words) != 4 or not all(word.strip().isdecimal() for word in words):
+        raise ValueError(f"--box={text}: give left, top, right and bottom in pixels, such as 8,8,24,24")
+    return tuple(int(word) for word in words)
+
+
+def check_editing(edit: str, mask: str, box: str, outside: bool, keep_scales: int, paste: bool) -> None:
+    """ValueError where these flags say nothing together."""
+    if not edit:
+        if mask or box or outside or keep_scales or paste:
+            raise ValueError("--mask, --box, --outside, --keep_scales and --paste are of a picture: give it as --edit")
+        return
+    if mask and box:
+        raise ValueError(f"--mask={mask} --box={box}: give one of both")
+    if not mask and not box and (outside or paste or not keep_scales):
+        raise ValueError(f"--edit={edit}: nothing of it would be kept: give --mask, --box or --keep_scales")
+    if box:
+        parse_box(box)
+    for path in (edit, mask):
+        if path and not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such picture")
