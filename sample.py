@@ -47,6 +47,7 @@ from utils.data.token_cache import check_trained_on
 from utils.dump import Dump, begun_settings, finished_settings
 from utils.evidence import commit
 from utils.files import check_writable
+from utils.runs.checkpoints import checkpoints, find_truncation, step_of
 from utils.sampling.config import AUTO, SampleConfig, Setting
 from utils.sampling.editing import Edited
 from utils.sampling.judging import BestOf, Judge, Sampler
@@ -54,13 +55,14 @@ from utils.sampling.judging import BestOf, Judge, Sampler
 FID_IMAGES_PER_CLASS = 50
 GRID_COLUMNS = 8
 DEFAULT_CLASSES = 10  # rows of a grid where neither --classes nor --num says otherwise
+FRAME_MILLISECONDS = 500
 NOT_SETTINGS = ("out", "overwrite", "batch")  # flags that no image depends on
 
 
 def all_labels(config: SampleConfig, classes: list[int], num_classes: int) -> list[int]:
     """The label of every image, class after class."""
     in_dump = FID_IMAGES_PER_CLASS if config.preset == "fid" and config.is_dump else 1
-    per_class = GRID_COLUMNS if config.format == "grid" else in_dump
+    per_class = GRID_COLUMNS if config.format == "grid" and not config.history else in_dump
     num = config.num or per_class * len(classes)
     if config.classes == "random":
         return sorted(draw_labels(num_classes, num, torch.Generator().manual_seed(config.seed)).tolist())
@@ -217,16 +219,15 @@ def choose_precision(
     return Precision(*(PRECISIONS[i] for i in chosen))
 
 
-def draw_pictures(
+def pictures_of(
     config: SampleConfig,
     setting: Setting,
     transformer: ScaleTransformer,
     tokenizer: VQVAE,
     helpers: Helpers,
     labels: list[int],
-    names: list[str],
-) -> None:
-    """A grid, or the scales of some images, in one file."""
+) -> np.ndarray:
+    """Images of these labels, (B, H, W, 3) uint8, or for --format=scales after each scale, (B, K, H, W, 3)."""
     device = next(transformer.parameters()).device
     sampler = make_sampler(config, setting, transformer, tokenizer, helpers)
     kept = []
@@ -245,11 +246,46 @@ def draw_pictures(
             bar.update(len(cohort.numbers))
     if isinstance(sampler, BestOf):
         print(sampler.told(), file=sys.stderr)
+    return np.concatenate(kept)
+
+
+def draw_pictures(
+    config: SampleConfig,
+    setting: Setting,
+    transformer: ScaleTransformer,
+    tokenizer: VQVAE,
+    helpers: Helpers,
+    labels: list[int],
+    names: list[str],
+) -> None:
+    """A grid, or the scales of some images, in one file."""
+    pictures = pictures_of(config, setting, transformer, tokenizer, helpers, labels)
     setting.out.parent.mkdir(parents=True, exist_ok=True)
     if config.format == "grid":
-        write_grid(setting.out, np.concatenate(kept), labels, names, helpers.edited)
+        write_grid(setting.out, pictures, labels, names, helpers.edited)
     else:
-        write_scales(setting.out, np.concatenate(kept), labels, names, tokenizer)
+        write_scales(setting.out, pictures, labels, names, tokenizer)
+
+
+def draw_history(
+    config: SampleConfig, setting: Setting, tokenizer: VQVAE, precision: Precision, labels: list[int], device: torch.device
+) -> None:
+    """The same images by every whole checkpoint of a run: a row of a grid for each, and beside it a .gif of the rows."""
+    whole = [checkpoint for checkpoint in checkpoints(Path(config.history)) if find_truncation(checkpoint) is None]
+    if not whole:
+        raise FileNotFoundError(f"--history={config.history}: no run with checkpoints: give the directory of one")
+    rows = {}
+    for checkpoint in whole:
+        transformer = load_transformer(checkpoint, config.family or None, config.ema).to(device)
+        choose_scan_(transformer, config.scan_backend, device)
+        precision.apply_(transformer, tokenizer)
+        rows[f"step {step_of(checkpoint)}"] = pictures_of(config, setting, transformer, tokenizer, Helpers(), labels)
+    setting.out.parent.mkdir(parents=True, exist_ok=True)
+    plots.grid(list(rows.values()), list(rows)).save(setting.out)
+    width = max(len(name) for name in rows)  # so that all frames are of one size
+    frames = [plots.grid([row], [name.rjust(width)]) for name, row in rows.items()]
+    times = [FRAME_MILLISECONDS] * (len(frames) - 1) + [4 * FRAME_MILLISECONDS]
+    frames[0].save(setting.out.with_suffix(".gif"), save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
 def plan_dump(config: SampleConfig, setting: Setting, weights: dict[str, str], device: str, labels: list[int]) -> Dump:
@@ -344,7 +380,9 @@ def main() -> None:
             print(told_classes(labels, names), file=sys.stderr)
         for setting in settings:
             done = f"wrote {len(labels)} images ({config.format}) to {setting.out}"
-            if not config.is_dump:
+            if config.history:
+                draw_history(config, setting, tokenizer, precision, labels, ranks.device)
+            elif not config.is_dump:
                 draw_pictures(config, setting, transformer, tokenizer, helpers, labels, names)
             else:
                 dump = plan_dump(config, setting, weights, ranks.device.type, labels)

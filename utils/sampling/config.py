@@ -24,8 +24,11 @@ AUTO = "auto"
 class SampleConfig:
     """Flags of sample.py."""
 
-    ckpt: str = required("transformer: released file, run or checkpoint directory, or owner/name[@revision][:file]")
     out: str = required("picture, directory (png) or file (npz) to write")
+    ckpt: str = flag("", "transformer: released file, run or checkpoint directory, or owner/name[@revision][:file]")
+    history: str = flag(
+        "", "instead of --ckpt: a run, of whose checkpoints each draws the same images, as a grid and, beside it, as a .gif"
+    )
     vae: str = flag("", "tokenizer, likewise; empty: the one the checkpoint names")
     any_tokenizer: bool = flag(False, "take the tokenizer given, even where it is not the one that ckpt was trained with")
     family: str = flag("", "needed for released MVAR weights: markov", choices=("", *FAMILIES))
@@ -83,6 +86,13 @@ class SampleConfig:
     overwrite: bool = flag(False, "replace what is at --out")
 
     def __post_init__(self):
+        if not (self.ckpt or self.history):
+            raise ValueError("nothing to sample from: give --ckpt, a transformer, or --history, a run")
+        if self.history and self.ckpt not in ("", self.history):
+            raise ValueError(f"--ckpt={self.ckpt} --history={self.history}: give one of both")
+        object.__setattr__(self, "ckpt", self.ckpt or self.history)
+        if self.history and (self.format != "grid" or self.edit or self.refine_ckpt or self.judge or self.cuda_graph):
+            raise ValueError(f"--history={self.history}: is a grid of plain samples: leave out what asks for more")
         if self.batch < 1 or self.num < 0:
             raise ValueError(f"--batch={self.batch}, --num={self.num}: give at least 1 image at a time and 0 or more in all")
         if not 0 <= self.seed < 1 << 63:

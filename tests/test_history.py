@@ -1,0 +1,51 @@
+"""The same images over the checkpoints of a run."""
+
+import pytest
+import torch
+from commands import SMALL, assert_refused, run_in_process
+from PIL import Image
+
+import sample
+import train
+from dist import Ranks
+from utils import cli
+from utils.runs.config import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def run(images, tokenizer, tmp_path_factory):
+    """Three checkpoints."""
+    directory = tmp_path_factory.mktemp("history")
+    words = [*SMALL, "--family=var", "--max_steps=3", "--save_every=1", "--keep=3", "--vae", tokenizer, "--data_path", images]
+    config = cli.parse(TrainConfig, "", [*map(str, words), f"--local_out_dir_path={directory}"])
+    train.build_trainer(config, Ranks(0, 1, torch.device("cpu"))).fit()
+    return directory
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    return lambda *arguments: run_in_process(sample.main, list(map(str, arguments)), monkeypatch, capsys)
+
+
+def test_a_row_and_a_frame_for_every_checkpoint(run, tmp_path, command):
+    code, _, errors = command("--history", run, "--classes=0,2", "--out", tmp_path / "history.png", "--precision=float32")
+    assert code == 0, errors
+    with Image.open(tmp_path / "history.png") as grid, Image.open(tmp_path / "history.gif") as film:
+        assert grid.size[1] > 3 * 60
+        assert film.n_frames == 3
+        assert film.size[0] == grid.size[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "nothing to sample from: give --ckpt, a transformer, or --history, a run"),
+        (["--history=RUN", "--ckpt=elsewhere"], "--ckpt=elsewhere --history="),
+        (["--history=RUN", "--format=npz"], "is a grid of plain samples"),
+        (["--history=RUN/checkpoints/step_3"], "no run with checkpoints: give the directory of one"),
+    ],
+)
+def test_wrong_words_are_refused(flags, message, run, tmp_path, command):
+    code, _, errors = command(*[flag.replace("RUN", str(run)) for flag in flags], "--out", tmp_path / "history.png")
+    assert_refused(code, errors, message)
+    assert not list(tmp_path.iterdir())
