@@ -8,6 +8,7 @@ Images are written by a thread, and on GPUs decoded on a stream of their own, wh
 """
 
 import functools
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -288,6 +289,29 @@ def draw_history(
     frames[0].save(setting.out.with_suffix(".gif"), save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
+def draw_between(
+    config: SampleConfig,
+    setting: Setting,
+    transformer: ScaleTransformer,
+    tokenizer: VQVAE,
+    classes: list[int],
+    names: list[str],
+) -> None:
+    """A row for every two classes that follow one another, from one to the other, all out of the same random numbers."""
+    rows, device = {}, transformer.head.weight.device
+    steps = torch.linspace(0, 1, config.interpolate, device=device)
+    for first, second in itertools.pairwise(classes):
+        shares = torch.zeros(len(steps), len(names), device=device)
+        shares[:, first] += 1 - steps
+        shares[:, second] += steps
+        generators = [torch.Generator(device).manual_seed(config.seed) for _ in steps]
+        sampled = sample(transformer, tokenizer, shares, config.drawing(setting), generators)
+        check_finite(sampled)
+        rows[f"{names[first]} - {names[second]}"] = plots.to_uint8(decode_sampled(tokenizer, sampled))
+    setting.out.parent.mkdir(parents=True, exist_ok=True)
+    plots.grid(list(rows.values()), plots.drawable(list(rows))).save(setting.out)
+
+
 def plan_dump(config: SampleConfig, setting: Setting, weights: dict[str, str], device: str, labels: list[int]) -> Dump:
     """What is to be made, with all that its images depend on; weights: hashes of both models."""
     flags = {name: value for name, value in {**asdict(config), **asdict(setting)}.items() if name not in NOT_SETTINGS}
@@ -374,6 +398,8 @@ def main() -> None:
         else:
             classes = list(range(num_classes if config.is_dump else min(num_classes, DEFAULT_CLASSES)))
         labels = all_labels(config, classes, num_classes)
+        if config.interpolate and len(classes) < 2:
+            raise ValueError(f"--interpolate={config.interpolate}: from one class to another: give two or more as --classes")
         if config.judge and num_classes in labels:
             raise ValueError(f"--judge={config.judge}: of images of no class nothing can be judged: leave one of both out")
         if ranks.is_main and names[0] != "0":
@@ -382,6 +408,8 @@ def main() -> None:
             done = f"wrote {len(labels)} images ({config.format}) to {setting.out}"
             if config.history:
                 draw_history(config, setting, tokenizer, precision, labels, ranks.device)
+            elif config.interpolate:
+                draw_between(config, setting, transformer, tokenizer, classes, names)
             elif not config.is_dump:
                 draw_pictures(config, setting, transformer, tokenizer, helpers, labels, names)
             else:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.drawing import Generators, draw_indices, exponential_noise, filter_logits, guide, image_seed, mix_weights
@@ -134,7 +135,7 @@ def sample_scales(
     refiner: Refiner | None = None,
     kept: Kept | None = None,
 ) -> SampledScales:
-    """All scales of images of the given classes (B,), one after another.
+    """All scales of images of the given classes (B,), or of mixed ones (B, num_classes + 1), one after another.
 
     refiner: who goes on after the first scales, with a state made of them in one pass. kept: what is not drawn.
 
@@ -183,14 +184,16 @@ def sample_scales(
 class Predictor:
     """A transformer that gives logits scale by scale, with rows of no class where guidance needs them.
 
-    labels (B,); guided: consecutive scales that are guided.
+    labels (B,), or mixed, (B, num_classes + 1); guided: consecutive scales that are guided.
     """
 
     def __init__(self, transformer: ScaleTransformer, labels: Tensor, guided: range):
         self.transformer, self.batch, self.guided = transformer, labels.shape[0], guided
         # scales with rows of no class: those that are guided, and those before them that these remember
         self.doubled = guided if transformer.scales_are_independent else range(guided.stop)
-        unconditional = torch.full_like(labels, transformer.unconditional)
+        unconditional = torch.full((len(labels),), transformer.unconditional, device=labels.device)
+        if labels.is_floating_point():  # shares of classes
+            unconditional = F.one_hot(unconditional, transformer.unconditional + 1).to(labels.dtype)
         self.both = transformer.condition(torch.cat([labels, unconditional]) if guided else labels)
         self.conditional = first_rows(self.both, self.batch)
 
@@ -270,8 +273,9 @@ def generate(
 ) -> Generation:
     """Images of the given classes.
 
-    labels (B,) in 0 .. num_classes; num_classes stands for no class. guidance_scale: strength t = guidance_scale * k / (K - 1)
-    at scale k = 0 .. K - 1, logits (1 + t) * cond - t * uncond; 0 computes no unconditional rows (and gives what strength 0
+    labels (B,) in 0 .. num_classes; num_classes stands for no class; or mixed: (B, num_classes + 1) shares. guidance_scale:
+    labels (B,) in 0 .. num_classes; num_classes stands for no class; or mixed: (B, num_classes + 1) shares. guidance_scale:
+    strength t = guidance_scale * k / (K - 1)
     gives). top_k, top_p: see filter_logits. smooth: mix code vectors by Gumbel-softmax instead of choosing one, for pictures,
     never for FID; the indices returned are then those drawn and not used. generator: on the labels' device; one, or one for
     each image, whose random numbers then do not depend on the others in the batch. kept: what is not drawn (models/editing.py).

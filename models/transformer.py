@@ -216,8 +216,11 @@ class ScaleTransformer(nn.Module, HubModel):
                 parameter.data = parameter.data.to(dtype)
 
     def condition(self, labels: Tensor) -> Conditioning:
-        """labels (B,) in 0 .. num_classes -> everything that depends on them alone; drop-path is drawn here while training."""
-        embedding = self.class_embed(labels)  # (B, C)
+        """labels (B,) in 0 .. num_classes -> everything that depends on them alone; drop-path is drawn here while training.
+
+        Labels may be mixed: (B, num_classes + 1) shares of every class.
+        """
+        embedding = labels @ self.class_embed.weight if labels.is_floating_point() else self.class_embed(labels)  # (B, C)
         with self._autocast():
             source = self.shared_modulation(embedding) if self.config.shared_modulation else embedding
             blocks = tuple(Modulation.from_flat(block.modulation(source), block.num_sublayers) for block in self.blocks)

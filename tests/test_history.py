@@ -1,13 +1,15 @@
-"""The same images over the checkpoints of a run."""
+"""The same images over the checkpoints of a run, and from one class to another."""
 
 import pytest
 import torch
 from commands import SMALL, assert_refused, run_in_process
 from PIL import Image
+from small_models import seeded, small_tokenizer, small_transformer
 
 import sample
 import train
 from dist import Ranks
+from models.generate import generate
 from utils import cli
 from utils.runs.config import TrainConfig
 
@@ -49,3 +51,26 @@ def test_wrong_words_are_refused(flags, message, run, tmp_path, command):
     code, _, errors = command(*[flag.replace("RUN", str(run)) for flag in flags], "--out", tmp_path / "history.png")
     assert_refused(code, errors, message)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scale", [0, 1.5])
+def test_mixed_labels(scale):
+    """One class alone is that class; two halves are neither."""
+    models, how = (small_transformer(), small_tokenizer()), {"guidance_scale": scale, "top_k": 1}
+    shares = torch.zeros(3, models[0].config.num_classes + 1)
+    shares[0, 1] = shares[1, 4] = 1
+    shares[2, [1, 4]] = 0.5
+    mixed = generate(*models, shares, generator=seeded(3), **how).images
+    plain = generate(*models, torch.tensor([1, 4, 4]), generator=seeded(3), **how).images
+    torch.testing.assert_close(mixed[:2], plain[:2])
+    assert (mixed[2] - plain[2]).abs().max() > 0.01
+
+
+def test_a_row_from_class_to_class(run, tmp_path, command):
+    words = ["--ckpt", run, "--interpolate=4", "--out", tmp_path / "between.png", "--precision=float32"]
+    code, _, errors = command(*words, "--classes=0,1,2")
+    assert code == 0, errors
+    with Image.open(tmp_path / "between.png") as made:
+        assert made.size[1] < 3 * 66  # two rows
+    code, _, errors = command(*words[:-2], tmp_path / "alone.png", "--classes=0")
+    assert_refused(code, errors, "--interpolate=4: from one class to another: give two or more as --classes")

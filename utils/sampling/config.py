@@ -64,6 +64,7 @@ class SampleConfig:
     )
     draft_scales: int = flag(0, "--refine_ckpt: so many coarse scales are drawn by --ckpt")
     min_p: float = flag(0.0, "leave out codes that are less than so many times as likely as the likeliest, 0: none")
+    interpolate: int = flag(0, "so many images from each of --classes to the next, out of the same random numbers; a grid")
     edit: str = flag("", "a picture of which a part is kept and the rest is drawn, of each of --classes; grids and scales")
     mask: str = flag("", "--edit: a picture of its size, white where it is drawn anew")
     box: str = flag("", "--edit: that as left,top,right,bottom, in pixels of the picture")
@@ -108,6 +109,10 @@ class SampleConfig:
             raise ValueError(f"--best_of={self.best_of} --judge={self.judge}: give both, --best_of 2 or more, or neither")
         if bool(self.refine_ckpt) != bool(self.draft_scales):
             raise ValueError(f"--refine_ckpt={self.refine_ckpt} --draft_scales={self.draft_scales}: give both, or neither")
+        if self.interpolate and (self.format != "grid" or self.interpolate < 2 or self.edit or self.judge or self.cuda_graph):
+            raise ValueError(
+                f"--interpolate={self.interpolate}: gives a grid of 2 or more: leave out what asks for other things"
+            )
         check_editing(self.edit, self.mask, self.box, self.outside, self.keep_scales, self.paste)
         if self.edit and (self.is_dump or self.cuda_graph):
             raise ValueError(f"--edit={self.edit}: is for pictures: give --format=grid or scales, without --cuda_graph")
