@@ -274,9 +274,8 @@ def generate(
     """Images of the given classes.
 
     labels (B,) in 0 .. num_classes; num_classes stands for no class; or mixed: (B, num_classes + 1) shares. guidance_scale:
-    labels (B,) in 0 .. num_classes; num_classes stands for no class; or mixed: (B, num_classes + 1) shares. guidance_scale:
-    strength t = guidance_scale * k / (K - 1)
-    gives). top_k, top_p: see filter_logits. smooth: mix code vectors by Gumbel-softmax instead of choosing one, for pictures,
+    strength t = guidance_scale * k / (K - 1) at scale k = 0 .. K - 1, logits (1 + t) * cond - t * uncond; 0 computes no
+    unconditional rows (and gives what strength 0 gives). top_k, top_p: see filter_logits. smooth: mix code vectors by Gumbel-softmax instead of choosing one, for pictures,
     never for FID; the indices returned are then those drawn and not used. generator: on the labels' device; one, or one for
     each image, whose random numbers then do not depend on the others in the batch. kept: what is not drawn (models/editing.py).
     further: fields of SamplingConfig.
