@@ -10,7 +10,7 @@ can be recorded as one CUDA graph (models/captured.py).
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -125,7 +125,14 @@ class Generation(NamedTuple):
     sums: list[Tensor]  # K times (B, code_dim, h_K, w_K): the features after each scale
 
 
-@torch.no_grad()
+class ScaleStep(NamedTuple):
+    """One scale of a batch, as it has just been drawn."""
+
+    indices: Tensor  # LongTensor (B, h_k * w_k)
+    f_hat: Tensor  # (B, code_dim, h_K, w_K), the features after this scale
+    finite: Tensor  # () bool, as in SampledScales
+
+
 def sample_scales(
     transformer: ScaleTransformer,
     tokenizer: VQVAE,
@@ -135,7 +142,22 @@ def sample_scales(
     refiner: Refiner | None = None,
     kept: Kept | None = None,
 ) -> SampledScales:
-    """All scales of images of the given classes (B,), or of mixed ones (B, num_classes + 1), one after another.
+    """All scales of `sample_steps`."""
+    indices, sums, finite = zip(*sample_steps(transformer, tokenizer, labels, config, noise, refiner, kept), strict=True)
+    return SampledScales(list(indices), list(sums), torch.stack(finite).all())
+
+
+@torch.no_grad()
+def sample_steps(
+    transformer: ScaleTransformer,
+    tokenizer: VQVAE,
+    labels: Tensor,
+    config: SamplingConfig,
+    noise: Noise,
+    refiner: Refiner | None = None,
+    kept: Kept | None = None,
+) -> Iterator[ScaleStep]:
+    """The scales of images of the given classes (B,), or of mixed ones (B, num_classes + 1), one after another.
 
     refiner: who goes on after the first scales, with a state made of them in one pass. kept: what is not drawn.
 
@@ -148,7 +170,7 @@ def sample_scales(
     predictor = Predictor(transformer, labels, guided)
     f_hat = quantizer.initial(labels.shape[0])
     state = GenerationState(predictor.init_state(), f_hat, f_hat.flatten(2).transpose(1, 2)[:, :0])
-    inputs, indices, sums, finite = [], [], [], []
+    inputs = []
     for k in pyramid.scales:
         progress = k / max(pyramid.num_scales - 1, 1)
         if refiner is not None and k == refiner.drafted:
@@ -158,11 +180,12 @@ def sample_scales(
         logits, blocks = predictor.advance(state.inputs, k, state.blocks)
         if k in guided:
             logits = guide(logits, config.strength(progress))
-        finite.append((logits.abs() < LARGEST_LOGIT).all())  # not where one is NaN
+        finite = (logits.abs() < LARGEST_LOGIT).all()  # not where one is NaN
         divisor = config.divisor(progress)
         logits = filter_logits(logits if divisor == 1 else logits / divisor, config.top_k, config.top_p, config.min_p)
-        drawn = draw_indices(logits, noise(logits))
-        indices.append(drawn if kept is None else torch.where(kept.tokens[k], kept.indices[k], drawn))
+        indices = draw_indices(logits, noise(logits))
+        if kept is not None:
+            indices = torch.where(kept.tokens[k], kept.indices[k], indices)
         if config.smooth:
             temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
             weights = mix_weights(logits * (1 + progress), temperature, noise(logits))
@@ -171,14 +194,13 @@ def sample_scales(
             if kept is not None:
                 vectors = torch.where(kept.tokens[k][:, None], codebook(kept.indices[k]), vectors)
         else:
-            vectors = codebook(indices[k])
+            vectors = codebook(indices)
         f_hat = quantizer.add_scale(state.f_hat, k, vectors)
         if kept is not None:
             f_hat = torch.where(kept.places[k], kept.sums[k], f_hat)
-        sums.append(f_hat)
+        yield ScaleStep(indices, f_hat, finite)
         is_last = k + 1 == pyramid.num_scales
         state = GenerationState(blocks, f_hat, state.inputs if is_last else quantizer.next_input(f_hat, k))
-    return SampledScales(indices, sums, torch.stack(finite).all())
 
 
 class Predictor:
@@ -275,10 +297,10 @@ def generate(
 
     labels (B,) in 0 .. num_classes; num_classes stands for no class; or mixed: (B, num_classes + 1) shares. guidance_scale:
     strength t = guidance_scale * k / (K - 1) at scale k = 0 .. K - 1, logits (1 + t) * cond - t * uncond; 0 computes no
-    unconditional rows (and gives what strength 0 gives). top_k, top_p: see filter_logits. smooth: mix code vectors by Gumbel-softmax instead of choosing one, for pictures,
-    never for FID; the indices returned are then those drawn and not used. generator: on the labels' device; one, or one for
-    each image, whose random numbers then do not depend on the others in the batch. kept: what is not drawn (models/editing.py).
-    further: fields of SamplingConfig.
+    unconditional rows (and gives what strength 0 gives). top_k, top_p: see filter_logits. smooth: mix code vectors by Gumbel-
+    softmax instead of choosing one, for pictures, never for FID; the indices returned are then those drawn and not used.
+    generator: on the labels' device; one, or one for each image, whose random numbers then do not depend on the others in the
+    batch. kept: what is not drawn (models/editing.py). further: fields of SamplingConfig.
 
     Returns images (B, 3, H, W) in [0, 1], K index tensors (B, h_k * w_k) and the features after each scale.
     ValueError if tokenizer and transformer do not fit, or if the transformer gives no numbers.
