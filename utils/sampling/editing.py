@@ -32,18 +32,13 @@ class Edited(NamedTuple):
         mask: a picture of the same size, white where it is drawn anew; box: that as "left,top,right,bottom", in pixels of
         the picture; neither: everywhere. outside: everywhere but there. ValueError, in one line, for what does not fit.
         """
-        device = tokenizer.quantizer.codebook.weight.device
         height, width = tokenizer.config.image_shape
         picture = read_picture(image)
         area = chosen_area(picture.size, image, mask, box)
         if outside:
             area = ImageOps.invert(area)
-        original, shown = (
-            np.asarray(ImageOps.fit(part, (width, height), how))
-            for part, how in ((picture, Image.Resampling.LANCZOS), (area, Image.Resampling.NEAREST))
-        )
-        pixels = torch.from_numpy(original.copy()).permute(2, 0, 1)[None].to(device) / 255
-        redrawn = torch.from_numpy(shown > 127).to(device)
+        pixels = fitted(picture, tokenizer)
+        redrawn = fitted(area.convert("RGB"), tokenizer, Image.Resampling.NEAREST)[0, 0] > 0.5
         try:
             kept = Kept.of(tokenizer, pixels * 2 - 1, redrawn, keep_scales)
         except ValueError as error:
@@ -59,6 +54,13 @@ class Edited(NamedTuple):
         wider = F.max_pool2d(drawn, size, stride=1, padding=radius)
         soft = F.avg_pool2d(F.pad(wider, [radius] * 4, mode="replicate"), size, stride=1)  # (1, 1, H, W)
         return torch.lerp(self.original, images, torch.maximum(drawn, soft))
+
+
+def fitted(picture: Image.Image, tokenizer: VQVAE, how: Image.Resampling = Image.Resampling.LANCZOS) -> Tensor:
+    """The centre of an RGB picture at the size of the tokenizer's images, (1, 3, H, W) in [0, 1], on its device."""
+    height, width = tokenizer.config.image_shape
+    pixels = np.array(ImageOps.fit(picture, (width, height), how))  # (H, W, 3)
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].to(tokenizer.quantizer.codebook.weight.device) / 255
 
 
 def chosen_area(size: tuple[int, int], image: str, mask: str, box: str) -> Image.Image:
