@@ -50,6 +50,7 @@ def draw(path: Path, title: str, attention: AttentionTally, retention: Retention
         title="inside a window of the own scale (dashed: uniform)", xlabel="side of the window", ylabel="share of the attention"
     )
     for axis in (axes[0, 1], axes[0, 2], axes[1, 0]):
+        axis.set_ylim(0, 1.05)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     if retention.blocks:
