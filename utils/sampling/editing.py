@@ -102,6 +102,10 @@ def check_editing(edit: str, mask: str, box: str, outside: bool, keep_scales: in
         raise ValueError(f"--edit={edit}: nothing of it would be kept: give --mask, --box or --keep_scales")
     if box:
         parse_box(box)
+
+
+def check_pictures(edit: str, mask: str) -> None:
+    """FileNotFoundError for one that is not there."""
     for path in (edit, mask):
         if path and not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such picture")
