@@ -43,7 +43,7 @@ ROWS = {
     VAR: Row(("--family=var",), is_start=True),
     "VAR, no guidance": Row(("--family=var",), is_start=True, sampling=("--cfg=0",)),
     "VAR aligned, no guidance": Row(
-        ("--family=var", "--objective=cca", "--tblr=2e-4", "--drop_path=0", "--cca_weight=50"), VAR, sampling=("--cfg=0",)
+        ("--family=var", "--objective=cca", "--tblr=2e-5", "--drop_path=0", "--cca_weight=50"), VAR, sampling=("--cfg=0",)
     ),
     "VAR, as many steps more": Row(("--family=var",), VAR),
     "M-VAR from VAR": Row(("--family=mvar",), VAR),
