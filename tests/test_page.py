@@ -200,9 +200,10 @@ def test_a_class_is_searched_and_nonsense_is_told(visitors):
     field = visitor.find("#class input")
     field.click()
     field.send_keys("\b" * 20 + "no cl")
-    time.sleep(0.5)
+    options = "#class [role=option]"
+    visitor.until(lambda: [o.text.strip("✓ \n") for o in visitor.driver.find_elements("css selector", options)] == ["no class"])
     field.send_keys("\n")
-    assert field.get_attribute("value") == "no class"
+    visitor.until(lambda: field.get_attribute("value") == "no class")
     visitor.fill("#seed input", "-3")
     visitor.find("#draw").click()
     visitor.until(lambda: "seed -3: give a whole number of 0 or more" in visitor.toasts())
