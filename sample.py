@@ -42,9 +42,8 @@ from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import cli, plots
 from utils.background import Background
-from utils.checkpoint import find_beside, load_description, load_tokenizer_for, load_transformer
+from utils.checkpoint import load_pair, load_transformer
 from utils.class_names import parse_classes, shown_names, told_classes
-from utils.data.token_cache import check_trained_on
 from utils.dump import Dump, begun_settings, finished_settings
 from utils.evidence import commit
 from utils.files import check_writable
@@ -160,26 +159,6 @@ def check_out(out: Path, config: SampleConfig) -> None:
         raise ValueError(f"{out}: is there already: give another --out, or --overwrite")
 
 
-def load_models(config: SampleConfig, device: torch.device) -> tuple[ScaleTransformer, VQVAE, list[str]]:
-    """Transformer and tokenizer, and the names of the classes, empty where the checkpoint does not know them."""
-    transformer = load_transformer(config.ckpt, config.family or None, config.ema)
-    description = load_description(config.ckpt)
-    named = description.tokenizer if description else None
-    if not (config.vae or named):
-        raise ValueError(f"{config.ckpt}: does not name its tokenizer: give --vae")
-    try:
-        tokenizer = load_tokenizer_for(config.vae or find_beside(named, config.ckpt), transformer.pyramid)
-    except FileNotFoundError as error:
-        if config.vae:
-            raise
-        raise FileNotFoundError(
-            f"{config.ckpt} names its tokenizer {named}, which cannot be had: give --vae ({error})"
-        ) from error
-    if description and not config.any_tokenizer:
-        check_trained_on(description.tokenizer_hash, tokenizer, config.ckpt, config.vae or named)
-    return transformer.to(device), tokenizer.to(device), description.class_names if description else []
-
-
 class Helpers(NamedTuple):
     """Further models that take part in sampling."""
 
@@ -237,8 +216,7 @@ def pictures_of(
             cohort = Cohort.of(labels, number, config.seed, device)
             sampled = sampler(cohort.labels, cohort.generators)
             check_finite(sampled)
-            in_scales = config.format == "scales"
-            if in_scales:
+            if config.format == "scales":
                 pictures = scale_pictures(tokenizer, sampled)
             else:
                 images = decode_sampled(tokenizer, sampled)
@@ -374,14 +352,15 @@ def main() -> None:
             raise ValueError("--cuda_graph: needs a CUDA GPU, there is none: leave it out")
         if ranks.world > 1 and not config.is_dump:
             raise ValueError(f"--format={config.format}: a picture is made by one process: run it without torchrun")
-        transformer, tokenizer, class_names = load_models(config, ranks.device)
+        *models, class_names = load_pair(config.ckpt, config.vae, config.family or None, config.ema, config.any_tokenizer)
+        transformer, tokenizer = (model.to(ranks.device) for model in models)
         helpers = Helpers.load(config, transformer, tokenizer, ranks.device)
         check_models(transformer, tokenizer, helpers.refiner)
         for setting in settings:
             config.drawing(setting).guided(transformer.pyramid.num_scales)
         scan_choice = choose_scan_(transformer, config.scan_backend, ranks.device)
-        models = {"transformer_sha256": transformer, "tokenizer_sha256": tokenizer}
-        weights = {name: weights_hash(model) for name, model in models.items()} if config.is_dump else {}
+        hashed = {"transformer_sha256": transformer, "tokenizer_sha256": tokenizer}
+        weights = {name: weights_hash(model) for name, model in hashed.items()} if config.is_dump else {}
         weights |= helpers.hashes() if config.is_dump else {}
         precision = choose_precision(config, settings, transformer, tokenizer, ranks)
         precision.apply_(transformer, tokenizer)

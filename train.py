@@ -108,22 +108,26 @@ def start_from_(
 def choose_parts_(transformer: ScaleTransformer, config: TrainConfig) -> list[str]:
     """For --lora and --train_only; what is to be told of them."""
     trained = []
-    for flag, chosen in (("lora_parts", config.lora), ("train_only", config.train_only)):
-        text = getattr(config, flag)
-        names = [name.strip() for name in text.split(",")] if text else []
-        try:
-            if chosen and flag == "lora_parts":
-                count = add_adapters_(transformer, config.lora, config.lora_alpha or config.lora, names)
-                trained.append(f"adapters of rank {config.lora} beside {count} layers")
-            elif chosen:
-                train_only_(transformer, names)
-                trained.append(text)
-        except ValueError as error:
-            raise ValueError(f"{f'--{flag}={text}' if text else f'--lora={config.lora}'}: {error}") from error
+    try:
+        if config.lora:
+            where = f"--lora_parts={config.lora_parts}" if config.lora_parts else f"--lora={config.lora}"
+            count = add_adapters_(transformer, config.lora, config.lora_alpha or config.lora, names_in(config.lora_parts))
+            trained.append(f"adapters of rank {config.lora} beside {count} layers")
+        if config.train_only:
+            where = f"--train_only={config.train_only}"
+            train_only_(transformer, names_in(config.train_only))
+            trained.append(config.train_only)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     if not trained:
         return []
     count = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
     return [f"trained: {' and '.join(trained)}, {count / 1e6:.2f}M parameters; all others stay as they are"]
+
+
+def names_in(text: str) -> list[str]:
+    """'head, mamba' -> ['head', 'mamba']"""
+    return [name.strip() for name in text.split(",")] if text else []
 
 
 def run_config(config: TrainConfig, size: int) -> RunConfig:

@@ -10,13 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.parts import modules_of
+from models.parts import LOWER, UPPER, is_adapter, modules_of
 from models.transformer import ScaleTransformer
 
 INSTALL = "pip install peft"
 USUAL_PARTS = ("attention", "mamba", "feed-forward")
 WHOLE_ONLY = ("embeddings", "head")  # their layers are called otherwise than as modules, or are lookups
-LOWER, UPPER = ".lora_A.default.weight", ".lora_B.default.weight"
 WRAPPED = ".base_layer."  # where peft puts the layer itself
 
 
@@ -31,22 +30,15 @@ class Base(NamedTuple):
     shared: Set[str]
 
 
-def check_peft() -> None:
-    """ValueError where the package is missing."""
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"adapters need the package peft: {INSTALL} ({error})") from error
-
-
 def add_adapters_(transformer: ScaleTransformer, rank: int, alpha: float, parts: Sequence[str] = ()) -> int:
     """Put an adapter beside every linear layer of these parts, none: of USUAL_PARTS; nothing but adapters is trained then.
 
     Returns how many layers have one. ValueError without peft, or for a part that has no such layers.
     """
-    check_peft()
-    from peft import LoraConfig, inject_adapter_in_model
-
+    try:
+        from peft import LoraConfig, inject_adapter_in_model  # here, as it is optional, and takes seconds
+    except ImportError as error:
+        raise ValueError(f"adapters need the package peft: {INSTALL} ({error})") from error
     there = {name: linears for name, modules in modules_of(transformer).items() if (linears := _linears(name, modules))}
     if unknown := [name for name in parts if name not in there]:
         raise ValueError(f"no part {unknown[0]!r} with linear layers for adapters: give some of {', '.join(there)}")
@@ -60,11 +52,6 @@ def _linears(part: str, modules: Sequence[nn.Module]) -> list[nn.Linear]:
     if part in WHOLE_ONLY:
         return []
     return [inner for module in modules for inner in module.modules() if isinstance(inner, nn.Linear)]
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name is part of an adapter."""
-    return name.endswith((LOWER, UPPER))
 
 
 def plain_name(name: str) -> str:

@@ -275,7 +275,7 @@ class Attention(nn.Module):
 
         first_query = self.pyramid.offsets[scales.start]
         first_key = 0 if self.history else first_query
-        scale = 1.0 if self.normalize else 0.25 / math.sqrt(q.shape[-1])
+        scale = self._softmax_scale(q)
         outputs = []
         for together in self._calls(scales):
             queries = self.pyramid.tokens(together)
@@ -300,7 +300,7 @@ class Attention(nn.Module):
         x (B, L_of_scales, C), from the first scale on; keys: the tokens of the scales so far, without history of this one.
         """
         q, k, _ = self._project(x)  # (B, H, L_of_scales, D) each
-        scale = 1.0 if self.normalize else 0.25 / math.sqrt(q.shape[-1])
+        scale = self._softmax_scale(q)
         for number in scales:
             queries = self.pyramid.tokens(range(number, number + 1))
             keys = slice(0 if self.history else queries.start, queries.stop)
@@ -310,6 +310,10 @@ class Attention(nn.Module):
             for head in range(self.heads):
                 scores = scale * q[:, head, queries].float() @ k[:, head, keys].float().transpose(1, 2)
                 yield number, head, (scores if hidden is None else scores.masked_fill(hidden, -torch.inf)).softmax(dim=-1)
+
+    def _softmax_scale(self, q: Tensor) -> float:
+        """Beside that which normalised queries (B, H, L, D) have already."""
+        return 1.0 if self.normalize else 0.25 / math.sqrt(q.shape[-1])
 
     def _written(self, past: Tensor, new: Tensor, scales: range) -> Tensor:
         """past (B, H, L, D) with new (B, H, L_of_scales, D) in place of these scales, in place where it is long enough."""

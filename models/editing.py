@@ -43,11 +43,9 @@ class Kept(NamedTuple):
             )
         indices = tokenizer.encode(images)
         sums = list(tokenizer.quantizer.partial_sums(indices))
-        tokens, places = [], []
-        for k, map_shape in enumerate(pyramid.shapes):
-            is_whole = k < keep_scales
-            tokens.append(covered(redrawn, map_shape).logical_not().flatten() | is_whole)
-            places.append(covered(redrawn, pyramid.shapes[-1]).logical_not() | is_whole)
+        free = [covered(redrawn, shape) for shape in pyramid.shapes]  # K times (h_k, w_k), had nothing else been kept
+        tokens = [~part.flatten() | (k < keep_scales) for k, part in enumerate(free)]
+        places = [~free[-1] | (k < keep_scales) for k in pyramid.scales]
         return cls(indices, sums, tokens, places)
 
 

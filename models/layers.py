@@ -65,9 +65,12 @@ class FeedForward(nn.Module):
         self.fc1 = nn.Linear(width, round(width * ratio))
         self.fc2 = nn.Linear(round(width * ratio), width)
 
+    def hidden(self, x: Tensor) -> Tensor:
+        return F.gelu(self.fc1(x), approximate="tanh")
+
     def forward(self, x: Tensor) -> Tensor:
         size = MAX_PIECE if x.device.type == "cpu" else x.shape[1]
-        pieces = [self.fc2(F.gelu(self.fc1(part), approximate="tanh")) for part in x.split(size, dim=1)]
+        pieces = [self.fc2(self.hidden(part)) for part in x.split(size, dim=1)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 

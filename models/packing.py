@@ -12,7 +12,7 @@ packed.
 import torch
 from torch import Tensor, nn
 
-from models.layers import MAX_PIECE, FeedForward
+from models.layers import FeedForward
 from models.transformer import ScaleTransformer
 
 
@@ -42,16 +42,15 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), self.packed, bias, *self.activation)
 
 
-class PackedFeedForward(nn.Module):
+class PackedFeedForward(FeedForward):
     """What a FeedForward in bfloat16 computes."""
 
     def __init__(self, ffn: FeedForward):
-        super().__init__()
+        nn.Module.__init__(self)  # the layers are there already
         self.fc1, self.fc2 = PackedLinear(ffn.fc1, gelu=True), PackedLinear(ffn.fc2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        pieces = [self.fc2(self.fc1(part)) for part in x.split(MAX_PIECE, dim=1)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.fc1(x)
 
 
 def pack_(transformer: ScaleTransformer) -> None:

@@ -7,6 +7,13 @@ from torch import nn
 from models.families import part_name
 from models.transformer import ScaleTransformer
 
+LOWER, UPPER = ".lora_A.default.weight", ".lora_B.default.weight"  # how names of adapters end, see models/adapters.py
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is part of an adapter."""
+    return name.endswith((LOWER, UPPER))
+
 
 def modules_of(transformer: ScaleTransformer) -> dict[str, list[nn.Module]]:
     """The modules by part: embeddings, modulation, feed-forward, head, and the names of the mixers that there are."""
@@ -38,7 +45,7 @@ def train_only_(transformer: ScaleTransformer, names: Sequence[str]) -> None:
     if unknown := [name for name in names if name not in parts]:
         raise ValueError(f"no part {unknown[0]!r}: give some of {', '.join(parts)}")
     for name, parameter in transformer.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        parameter.requires_grad_(is_adapter(name))
     for name in names:
         for parameter in parts[name]:
             parameter.requires_grad_(True)

@@ -210,14 +210,17 @@ class StateSpace(nn.Module):
             pieces.append(y)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), conv, ssm
 
+    def steps(self, dt: Tensor) -> Tensor:
+        """What the projection gives, (B, L, H) -> step sizes above 0, in float32 at least."""
+        return F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.dt_bias)
+
     def _advance(self, zxBC: Tensor, dt: Tensor, conv: Tensor | None, ssm: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(zxBC.device.type, enabled=False):
-            wide = torch.promote_types(zxBC.dtype, torch.float32)
             z, xBC = zxBC.split([self.inner, self.conv_dim], dim=-1)
             xBC, conv = self.conv(xBC, conv, self.conv1d.weight, self.conv1d.bias)
             x, B, C = xBC.split([self.inner, self.state_dim, self.state_dim], dim=-1)
             x = x.unflatten(-1, (self.heads, self.head_dim))  # (B, L, H, P)
-            dt = F.softplus(dt.to(wide) + self.dt_bias)  # (B, L, H)
+            dt = self.steps(dt)
             y, ssm = self.scan(x, dt, -self.A_log.exp(), B, C, ssm)
             y = torch.addcmul(y, x, self.D.to(x.dtype).view(-1, 1))
             return self.norm(y.flatten(2), z), conv, ssm
@@ -271,7 +274,7 @@ class Mamba2(nn.Module):
     def log_decays(self, x: Tensor) -> Tensor:
         """x (B, L, C) -> (B, L, H): the logarithm, at most 0, of what every token leaves of the state before it."""
         _, dt = self._project(x)
-        return F.softplus(dt.to(self.ssm.dt_bias.dtype) + self.ssm.dt_bias) * -self.ssm.A_log.exp()
+        return self.ssm.steps(dt) * -self.ssm.A_log.exp()
 
     def between_projections(self, zxBC: Tensor, dt: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
         """(B, L, inner + conv_dim), (B, L, H) -> (B, L, inner), state. For the backward pass it keeps no more than these."""

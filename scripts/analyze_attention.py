@@ -23,8 +23,9 @@ from utils import cli, evidence
 from utils.analysis.attention import AttentionShares, AttentionTally, cost_shares
 from utils.analysis.history import RetentionTally, influence
 from utils.analysis.pictures import draw
-from utils.checkpoint import find_beside, load_description, load_tokenizer_for, load_transformer
+from utils.checkpoint import load_pair
 from utils.cli import flag, required
+from utils.data.batches import val_batches
 from utils.data.images import Images, read_folders
 from utils.files import check_folder
 
@@ -41,6 +42,7 @@ class AnalyzeConfig:
     data_path: str = required("directory with the train/ and val/ images; those of val are looked at")
     out: str = required("directory for attention.json and attention.png")
     vae: str = flag("", "tokenizer; empty: the one that the checkpoint names")
+    any_tokenizer: bool = flag(False, "take the tokenizer given, even where it is not the one that ckpt was trained with")
     num: int = flag(64, "images, evenly over those of val")
     overwrite: bool = flag(False, "replace those that are there")
     family: str = flag("", "kind of a released file, as for sample.py")
@@ -59,7 +61,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transformer, tokenizer = load_models(config, device)
     images = held_out_images(config, transformer, tokenizer)
-    attention, retention, changed = measured(transformer, tokenizer, images, config.num, device)
+    attention, retention, changed = measured(transformer, tokenizer, images, device)
     title = f"{transformer.facts().title}, {attention.images} images"
     Path(config.out).mkdir(parents=True, exist_ok=True)
     draw(made["png"], title, attention, retention, changed)
@@ -72,47 +74,39 @@ def main() -> None:
 
 def load_models(config: AnalyzeConfig, device: torch.device) -> tuple[ScaleTransformer, VQVAE]:
     """Both in evaluation mode. ValueError where they do not fit, or no tokenizer is named."""
-    transformer = load_transformer(config.ckpt, config.family or None).to(device).requires_grad_(False)
+    *models, _ = load_pair(config.ckpt, config.vae, config.family or None, any_tokenizer=config.any_tokenizer)
+    transformer, tokenizer = (model.to(device).requires_grad_(False) for model in models)
     choose_scan_(transformer, "torch", device)  # the others have no gradients of their inputs alone
-    description = load_description(config.ckpt)
-    named = config.vae or (find_beside(description.tokenizer, config.ckpt) if description and description.tokenizer else "")
-    if not named:
-        raise ValueError(f"{config.ckpt}: does not name its tokenizer: give it as --vae")
-    tokenizer = load_tokenizer_for(named, transformer.pyramid).to(device).requires_grad_(False)
     check_fit(transformer, tokenizer)
     return transformer, tokenizer
 
 
 def held_out_images(config: AnalyzeConfig, transformer: ScaleTransformer, tokenizer: VQVAE) -> Images:
-    """Those of val/. ValueError where they have other classes than the transformer."""
+    """--num of those of val/, evenly. ValueError where they have other classes than the transformer."""
     _, val = read_folders(config.data_path)
     ours, theirs = transformer.config.num_classes, len(val.class_names)
     if ours != theirs:
         raise ValueError(f"{config.data_path}: has {theirs} classes, the transformer {ours}: give the images of its training")
-    return Images(val, tokenizer.config.image_shape[0])
+    rows = np.linspace(0, len(val) - 1, min(config.num, len(val))).round().astype(int)
+    return Images(val.take(rows), tokenizer.config.image_shape[0])
 
 
 def measured(
-    transformer: ScaleTransformer, tokenizer: VQVAE, images: Images, count: int, device: torch.device
+    transformer: ScaleTransformer, tokenizer: VQVAE, images: Images, device: torch.device
 ) -> tuple[AttentionTally, RetentionTally, Tensor]:
-    """Attention, retention and influence (K, K) over so many images, evenly over all."""
+    """Attention and retention over all images, influence (K, K) over the first of them."""
     attention, retention = AttentionTally(transformer), RetentionTally(transformer)
     pyramid, generator = transformer.pyramid, torch.Generator(device).manual_seed(0)
     size = max(1, min(LARGEST_BATCH, MOST_WEIGHTS // (pyramid.lengths[-1] * pyramid.num_tokens)))
-    rows = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
     influences: list[Tensor] = []
-    for first in range(0, len(rows), size):
-        items = [images[0, int(row)] for row in rows[first : first + size]]
-        if broken := next((item for item in items if isinstance(item, ValueError)), None):
-            raise broken
-        labels = torch.tensor([label for _, label in items], device=device)
-        inputs = tokenizer.teacher_inputs(tokenizer.encode(torch.stack([pixels for pixels, _ in items]).to(device)))
+    for pixels, labels in val_batches(images, size):
+        labels, inputs = labels.to(device), tokenizer.teacher_inputs(tokenizer.encode(pixels.to(device)))
         with torch.no_grad(), attention.watching(), retention.watching():
             transformer(labels, inputs)
         if len(influences) < INFLUENCE_IMAGES:
             pairs = zip(labels.split(1), inputs.split(1), strict=True)
             influences += [influence(transformer, *pair, generator) for pair in pairs][: INFLUENCE_IMAGES - len(influences)]
-        print(f"{attention.images} of {len(rows)} images", file=sys.stderr, flush=True)
+        print(f"{attention.images} of {len(images)} images", file=sys.stderr, flush=True)
     return attention, retention, torch.stack(influences).mean(0)
 
 

@@ -12,8 +12,8 @@ from small_models import SIDES, random_indices, small_tokenizer, small_transform
 
 import sample
 import train
-from models.adapters import Base, add_adapters_, is_adapter, merged, own_tensors, plain_name, shared_with
-from models.parts import train_only_
+from models.adapters import Base, add_adapters_, merged, own_tensors, plain_name, shared_with
+from models.parts import is_adapter, train_only_
 from models.pyramid import Pyramid
 from models.storage import read_tensors, weights_hash, write_tensors
 from utils.checkpoint import load_transformer

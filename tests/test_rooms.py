@@ -45,7 +45,7 @@ ALLOWED = {
         "models",
     },
     "trainer": {"runs", "data", "dist", "utils"},
-    "loading": {"runs", "models"},
+    "loading": {"runs", "data", "models"},
     "tasks": {"losses", "runs", "metrics", "data", "dist", "utils", "models"},
     "losses": {"dist", "utils", "models"},
     "runs": {"sampling", "metrics", "data", "dist", "utils", "models"},

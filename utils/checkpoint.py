@@ -36,6 +36,7 @@ from models.storage import (
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import official
+from utils.data.token_cache import check_trained_on
 from utils.runs.checkpoints import latest_checkpoint
 from utils.runs.shards import SHARDS, is_sharded, read_shards
 
@@ -47,6 +48,7 @@ __all__ = [
     "is_ours",
     "load_description",
     "load_fitting_tokenizer",
+    "load_pair",
     "load_tokenizer",
     "load_tokenizer_for",
     "load_transformer",
@@ -129,15 +131,13 @@ def load_transformer(source: str | Path, family: str | None = None, ema: bool = 
     path = locate(source, wanted="transformer")
     if not is_ours(path):
         return released_transformer(unwrapped(read_tensors(path), path), family, path)
-    changes = {}
-    if family is not None:
-        changes["blocks"] = (family,) * read_config(path.parent, ScaleTransformer).depth
+    depth = read_config(path.parent, ScaleTransformer).depth
+    changes = {} if family is None else {"blocks": (family,) * depth}
     if is_sharded(path.parent):
         weights = read_shards(path.parent, ("ema", "model") if ema else ("model",))
         return read_model(ScaleTransformer, path, weights, **changes)
     if not Path(source).is_file():  # a file that is named is the file that is loaded
         path = weights_file(path.parent, averaged=ema)
-    read_config(path.parent, ScaleTransformer)  # says what the file is, where it is none of these
     if (description := read_description(path.parent)).base is None:
         return read_model(ScaleTransformer, path, **changes)
     transformer = read_model(ScaleTransformer, path, beside_base(path, description), **changes)
@@ -159,6 +159,29 @@ def beside_base(path: Path, description: Description) -> dict[str, Tensor]:
     own = read_averaged(path.parent) if path.name == AVERAGED else read_tensors(path)
     training = description.training
     return merged(base.state_dict(), own, (training["lora_alpha"] or training["lora"]) / training["lora"])
+
+
+def load_pair(
+    ckpt: str | Path, vae: str = "", family: str | None = None, ema: bool = True, any_tokenizer: bool = False
+) -> tuple[ScaleTransformer, VQVAE, list[str]]:
+    """A transformer, its tokenizer, and the names of the classes, empty where the checkpoint does not know them.
+
+    vae: the tokenizer, empty: the one that the checkpoint names. any_tokenizer: take it even where the transformer was trained
+    on the tokens of another one. Else as `load_transformer`; ValueError too where no tokenizer is named, or another one.
+    """
+    transformer, description = load_transformer(ckpt, family, ema), load_description(ckpt)
+    named = description.tokenizer if description else None
+    if not (vae or named):
+        raise ValueError(f"{ckpt}: does not name its tokenizer: give --vae")
+    try:
+        tokenizer = load_tokenizer_for(vae or find_beside(named, ckpt), transformer.pyramid)
+    except FileNotFoundError as error:
+        if vae:
+            raise
+        raise FileNotFoundError(f"{ckpt} names its tokenizer {named}, which cannot be had: give --vae ({error})") from error
+    if description and not any_tokenizer:
+        check_trained_on(description.tokenizer_hash, tokenizer, ckpt, vae or named)
+    return transformer, tokenizer, description.class_names if description else []
 
 
 def released_transformer(tensors: dict, family: str | None, path: Path) -> ScaleTransformer:

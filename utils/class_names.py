@@ -8,6 +8,7 @@ import csv
 import difflib
 import functools
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 SHOWN_CLASSES = 20  # of which it is told what their labels stand for
@@ -38,8 +39,8 @@ def all_names(class_names: Sequence[str], num_classes: int) -> list[list[str]]:
 def shown_names(class_names: Sequence[str], num_classes: int) -> list[str]:
     """One name for every label; two classes of one name (ImageNet has two cranes) have their labels behind it."""
     first = [names[0] for names in all_names(class_names, num_classes)]
-    twice = {name for name in first if first.count(name) > 1} if len(set(first)) < len(first) else set()
-    return [f"{name} ({label})" if name in twice else name for label, name in enumerate(first)]
+    counts = Counter(first)
+    return [f"{name} ({label})" if counts[name] > 1 else name for label, name in enumerate(first)]
 
 
 def parse_classes(text: str, class_names: Sequence[str], num_classes: int) -> list[int]:
@@ -61,9 +62,7 @@ def _parse_class(word: str, class_names: Sequence[str], num_classes: int) -> int
     if by_label == "none":
         return num_classes
     label = int(by_label) if by_label.isdecimal() and int(by_label) < num_classes else None
-    if label is not None and not by_name:
-        return label
-    if label is not None and not class_names:  # a number is no name of ImageNet's
+    if label is not None and not (by_name and class_names):  # a number is no name of ImageNet's
         return label
     named = _label_of(by_name, class_names, num_classes)
     if label is not None and named is not None and label != named:
@@ -81,8 +80,9 @@ def _label_of(name: str, class_names: Sequence[str], num_classes: int) -> int | 
     """The label of the class of this name, None where there is none. ValueError where there are several."""
     if name in class_names:
         return list(class_names).index(name)
+    known = all_names(class_names, num_classes)
     for same in (str, str.lower):
-        called = [same(name) in map(same, names) for names in all_names(class_names, num_classes)]
+        called = [same(name) in map(same, names) for names in known]
         labels = [label for label, is_called in enumerate(called) if is_called]
         if len(labels) > 1:
             raise ValueError(f"--classes: {name!r} are the classes {', '.join(map(str, labels))}: give the label of one")

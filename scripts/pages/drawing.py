@@ -1,7 +1,6 @@
 """What the page computes, without the page: models that are there, samples scale by scale, reconstructions, edits."""
 
 import functools
-import json
 import shlex
 import time
 from collections.abc import Iterator
@@ -20,11 +19,10 @@ from models.storage import CONFIG
 from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import plots
-from utils.checkpoint import find_beside, load_description, load_tokenizer_for, load_transformer
+from utils.checkpoint import load_description, load_pair
 from utils.class_names import shown_names
 from utils.data.pictures import read_picture
 from utils.metrics.similarity import psnr
-from utils.runs.checkpoints import latest_checkpoint
 from utils.sampling.editing import fitted
 
 MOST_IMAGES = 16
@@ -41,10 +39,7 @@ class Models(NamedTuple):
 
 @dataclass(frozen=True)
 class Wish:
-    """What somebody asks for: the settings of a picture, which its command line has too.
-
-    classes: one label, or several, an image of each in turn.
-    """
+    """What somebody asks for: the settings of a picture, which its command line has too."""
 
     checkpoint: str
     label: int
@@ -86,35 +81,27 @@ class Progress(NamedTuple):
 
 def checkpoints_below(folder: Path) -> list[str]:
     """Runs and exported folders with a transformer, newest first, as paths."""
-    found = {}
-    for config in sorted([*folder.glob(f"**/{CONFIG}")]):
-        if "checkpoints" in config.parts:
-            continue
-        place = latest_checkpoint(config.parent) or config.parent
-        if kind_of(place) == "transformer":
-            found[str(config.parent)] = config.stat().st_mtime
-    return sorted(found, key=found.get, reverse=True)
+    configs = [path for path in folder.glob(f"**/{CONFIG}") if "checkpoints" not in path.parts]
+    newest_first = sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True)
+    return [str(path.parent) for path in newest_first if is_transformer(path.parent)]
 
 
-def kind_of(folder: Path) -> str:
+def is_transformer(folder: Path) -> bool:
     try:
-        return json.loads((folder / CONFIG).read_text()).get("kind", "")
-    except (OSError, ValueError, AttributeError):
-        return ""
+        description = load_description(folder)
+    except (OSError, ValueError):  # no checkpoint, or one of other code
+        return False
+    return description is not None and description.kind == "transformer"
 
 
 @functools.lru_cache(maxsize=2)
 def load(checkpoint: str) -> Models:
     """ValueError and FileNotFoundError where a checkpoint or its tokenizer cannot be had."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    transformer, description = load_transformer(checkpoint), load_description(checkpoint)
-    named = description.tokenizer if description else None
-    if not named:
-        raise ValueError(f"{checkpoint}: does not name its tokenizer: train or publish it with one")
-    tokenizer = load_tokenizer_for(find_beside(named, checkpoint), transformer.pyramid)
+    *models, class_names = load_pair(checkpoint)
+    transformer, tokenizer = (model.requires_grad_(False).to(device) for model in models)
     check_fit(transformer, tokenizer)
-    names = shown_names(description.class_names, transformer.config.num_classes)
-    return Models(*(model.requires_grad_(False).to(device) for model in (transformer, tokenizer)), names)
+    return Models(transformer, tokenizer, shown_names(class_names, transformer.config.num_classes))
 
 
 def drawn(models: Models, wish: Wish, kept: Kept | None = None) -> Iterator[Progress]:

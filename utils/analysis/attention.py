@@ -5,8 +5,6 @@ published no code for it. Weights are those after the softmax, averaged over ima
 one block and one scale at a time.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,46 +13,26 @@ from torch import Tensor
 from models.attention import Attention
 from models.pyramid import Pyramid
 from models.transformer import ScaleTransformer
+from utils.analysis.watch import Watch
 
 
-class AttentionTally:
-    """Sums over images of the attention of every block and head; figures are asked of `AttentionShares`.
-
-    Only blocks with an Attention count, in their order: `blocks` has their numbers.
-    """
+class AttentionTally(Watch):
+    """Sums over images of the attention of every block and head; figures are asked of `AttentionShares`."""
 
     def __init__(self, transformer: ScaleTransformer):
-        self.pyramid = transformer.pyramid
-        mixers = [(i, mixer) for i, block in enumerate(transformer.blocks) for mixer in block.mixers]
-        self.mixers = [(i, mixer) for i, mixer in mixers if isinstance(mixer, Attention)]
+        super().__init__(transformer, Attention)
         if not self.mixers:
             raise ValueError("there is no attention in this transformer")
-        self.blocks = [i for i, _ in self.mixers]
-        self.has_history = any(mixer.history for _, mixer in self.mixers)
-        heads, scales = self.mixers[0][1].heads, self.pyramid.num_scales
+        self.has_history = any(mixer.history for mixer in self.mixers)
+        heads, scales = self.mixers[0].heads, self.pyramid.num_scales
         self.reach = max(max(shape) for shape in self.pyramid.shapes)
         # (blocks, heads, K, K): what queries of scale k give to scale j, summed over the queries
         self.between = torch.zeros(len(self.mixers), heads, scales, scales, dtype=torch.float64)
         # (blocks, heads, K, D): what they give to tokens of their own scale so many rows or columns away
         self.inside = torch.zeros(len(self.mixers), heads, scales, self.reach, dtype=torch.float64)
-        self.images = 0
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Inside, every pass of whole pyramids through the transformer is counted."""
-        hooks = [
-            mixer.register_forward_pre_hook(lambda mixer, arguments, number=number: self._add(number, mixer, *arguments[:2]))
-            for number, (_, mixer) in enumerate(self.mixers)
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @torch.no_grad()
-    def _add(self, number: int, mixer: Attention, x: Tensor, scales: range) -> None:
-        self.images += len(x) if number == 0 else 0
+    def add(self, number: int, x: Tensor, scales: range) -> None:
+        mixer = self.mixers[number]
         for k, head, weights in mixer.weights(x, scales):  # (B, h_k * w_k, keys)
             by_key = weights.double().sum((0, 1))  # (keys,)
             seen = range(k + 1) if mixer.history else range(k, k + 1)
@@ -81,8 +59,7 @@ class AttentionTally:
         }
 
     def shares_of(self, between: Tensor, inside: Tensor) -> "AttentionShares":
-        if not self.images:
-            raise ValueError("no image has been seen yet")
+        self.check_seen()
         queries = self.images * torch.tensor(self.pyramid.lengths, dtype=torch.float64)[:, None]
         return AttentionShares(self.pyramid, between / queries, inside / queries)
 

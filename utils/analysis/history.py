@@ -1,56 +1,34 @@
 """How far back a transformer looks: what a Mamba scan still holds of earlier scales, and what they change in later ones."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from models.ssm import Mamba2
 from models.transformer import ScaleTransformer
+from utils.analysis.watch import Watch
 
 
-class RetentionTally:
+class RetentionTally(Watch):
     """What is left of a scan's state at the end of scale j by the end of scale k, by block and head, averaged over images.
 
-    The decays of arXiv 2405.21060, equation 1, multiplied over the tokens of the scales after j up to k. `blocks` has the
-    numbers of the blocks with a scan, and may be empty.
+    The decays of arXiv 2405.21060, equation 1, multiplied over the tokens of the scales after j up to k. There may be no block
+    with a scan.
     """
 
     def __init__(self, transformer: ScaleTransformer):
-        self.pyramid = transformer.pyramid
-        mixers = [(i, mixer) for i, block in enumerate(transformer.blocks) for mixer in block.mixers]
-        self.mixers = [(i, mixer) for i, mixer in mixers if isinstance(mixer, Mamba2)]
-        self.blocks = [i for i, _ in self.mixers]
-        heads, scales = self.mixers[0][1].ssm.heads if self.mixers else 0, self.pyramid.num_scales
+        super().__init__(transformer, Mamba2)
+        heads, scales = self.mixers[0].ssm.heads if self.mixers else 0, self.pyramid.num_scales
         self.kept = torch.zeros(len(self.mixers), heads, scales, scales, dtype=torch.float64)
-        self.images = 0
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Inside, every pass of whole pyramids through the transformer is counted."""
-        hooks = [
-            mixer.register_forward_pre_hook(lambda mixer, arguments, number=number: self._add(number, mixer, arguments[0]))
-            for number, (_, mixer) in enumerate(self.mixers)
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @torch.no_grad()
-    def _add(self, number: int, mixer: Mamba2, x: Tensor) -> None:
-        self.images += len(x) if number == 0 else 0
+    def add(self, number: int, x: Tensor, scales: range) -> None:
         ends = torch.tensor(self.pyramid.offsets[1:], device=x.device) - 1
-        decays = mixer.log_decays(x).double().cumsum(1)[:, ends].cpu()  # (B, K, H), from the first token on
+        decays = self.mixers[number].log_decays(x).double().cumsum(1)[:, ends].cpu()  # (B, K, H), from the first token on
         left = (decays[:, :, None] - decays[:, None]).clamp(max=0).exp()  # (B, K, K, H)
         self.kept[number] += left.sum(0).permute(2, 0, 1).tril()
 
     def shares(self) -> Tensor:
         """(blocks, heads, K, K), 0 to 1, 0 where j is after k. ValueError before there were images."""
-        if self.mixers and not self.images:
-            raise ValueError("no image has been seen yet")
+        self.check_seen()
         return self.kept / max(self.images, 1)
 
 
