@@ -159,6 +159,10 @@ def test_boxes_masks_and_pasted_pixels(picture, tokenizer, tmp_path):
         (["--edit=nowhere.png", "--box=1,1,2,2"], "nowhere.png: no such picture"),
         (["--edit=PHOTO", "--keep_scales=9"], "9 kept scales: the pyramid has "),
         (["--edit=PHOTO", "--box=1,1,9,9", "--format=npz"], "is for pictures: give --format=grid or scales"),
+        (
+            ["--edit=PHOTO", "--box=1,1,9,9", "--paste", "--format=scales"],
+            "pixels are put back into whole images: give --format=grid",
+        ),
         (["--edit=TEXT", "--box=1,1,9,9"], "not a readable image"),
         (["--edit=PHOTO", "--box=0,0,1,1", "--outside", "--keep_scales=-1"], "-1 kept scales"),
     ],

@@ -44,6 +44,10 @@ def test_a_row_and_a_frame_for_every_checkpoint(run, tmp_path, command):
         ([], "nothing to sample from: give --ckpt, a transformer, or --history, a run"),
         (["--history=RUN", "--ckpt=elsewhere"], "--ckpt=elsewhere --history="),
         (["--history=RUN", "--format=npz"], "is a grid of plain samples"),
+        (
+            ["--history=RUN", "--interpolate=3"],
+            "--interpolate=3: gives a grid of 2 or more: leave out what asks for other things",
+        ),
         (["--history=RUN/checkpoints/step_3"], "no run with checkpoints: give the directory of one"),
     ],
 )

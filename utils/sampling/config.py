@@ -109,11 +109,14 @@ class SampleConfig:
             raise ValueError(f"--best_of={self.best_of} --judge={self.judge}: give both, --best_of 2 or more, or neither")
         if bool(self.refine_ckpt) != bool(self.draft_scales):
             raise ValueError(f"--refine_ckpt={self.refine_ckpt} --draft_scales={self.draft_scales}: give both, or neither")
-        if self.interpolate and (self.format != "grid" or self.interpolate < 2 or self.edit or self.judge or self.cuda_graph):
+        asks_for_more = self.history or self.edit or self.judge or self.refine_ckpt or self.cuda_graph
+        if self.interpolate and (self.format != "grid" or self.interpolate < 2 or asks_for_more):
             raise ValueError(
                 f"--interpolate={self.interpolate}: gives a grid of 2 or more: leave out what asks for other things"
             )
         check_editing(self.edit, self.mask, self.box, self.outside, self.keep_scales, self.paste)
+        if self.paste and self.format != "grid":
+            raise ValueError(f"--paste with --format={self.format}: pixels are put back into whole images: give --format=grid")
         if self.edit and (self.is_dump or self.cuda_graph):
             raise ValueError(f"--edit={self.edit}: is for pictures: give --format=grid or scales, without --cuda_graph")
         if self.precision != AUTO:
