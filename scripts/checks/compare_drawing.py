@@ -53,6 +53,7 @@ ROWS: dict[str, list[str]] = {
 }
 SECOND = "coarse scales by the first, the rest by the second"
 SECOND_ALONE = "the second alone"
+ALIGNED = "aligned, no guidance"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Comparison:
     data_path: str = required("directory with the train/ and val/ that they were trained on")
     second: str = flag("", "a second transformer of the same tokenizer, for two rows more")
     drafted: int = flag(2, "--second: so many scales are drawn by the first")
+    aligned: str = flag("", "the first after --objective=cca, for a row without guidance")
     judge: str = flag("", "weights of a torchvision classifier of these classes; empty: one is trained")
     top_p: float = flag(0.96, "of all rows that do not say otherwise")
     top_k: int = flag(0, "likewise, 0: all codes")
@@ -101,11 +103,13 @@ def rows_of(config: Comparison, num_scales: int, judge: Path) -> dict[str, list[
     if config.second:
         rows[SECOND] = [f"--refine_ckpt={config.second}", f"--draft_scales={config.drafted}"]
         rows[SECOND_ALONE] = []
+    if config.aligned:
+        rows[ALIGNED] = ["--cfg=0"]
     return rows
 
 
 def draw(config: Comparison, name: str, flags: list[str], seed: int, samples: Path) -> None:
-    ckpt = config.second if name == SECOND_ALONE else config.ckpt
+    ckpt = {SECOND_ALONE: config.second, ALIGNED: config.aligned}.get(name, config.ckpt)
     words = ("--ckpt", ckpt, "--vae", config.vae, "--out", samples, "--overwrite", "--format=npz", f"--num={config.num}")
     words += (f"--top_k={config.top_k}", f"--top_p={config.top_p}", f"--seed={seed}", "--precision=float32", "--batch=64")
     run("sample.py", *words, *flags)
