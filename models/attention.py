@@ -1,8 +1,9 @@
 """Attention over the token pyramid, with a history of earlier scales (VAR) or inside each scale only (M-VAR, Markov).
 
-Inside a scale attention is bidirectional. `history=True` also sees all earlier scales (VAR, arXiv 2404.02905, section 3.1),
-`history=False` sees the token's own scale (M-VAR, arXiv 2411.10433, section 3.2; Markov MVAR, arXiv 2505.12742, section 3.2).
-On chosen scales a k x k window limits what is seen to the neighbourhood of the token (Markov MVAR, section 3.3).
+Inside a scale attention is bidirectional. `history=True` also sees earlier scales, all of them (VAR, arXiv 2404.02905, section
+3.1) or a number; `history=False` sees the token's own scale alone (M-VAR, arXiv 2411.10433, section 3.2; Markov MVAR, arXiv
+2505.12742, section 3.2). On chosen scales a k x k window limits what is seen to the neighbourhood of the token (Markov MVAR,
+section 3.3).
 
 The first, small scales are attended together in one masked call, each later scale in a call of its own. So the same
 code serves training (all scales) and generation (one scale), and no mask over the whole sequence exists.
@@ -185,7 +186,7 @@ def _length(vectors: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention: x (B, L_of_scales, C), scales -> (B, L_of_scales, C), state.
 
-    history: whether earlier scales are seen.
+    history: whether earlier scales are seen; attended_scales: with history so many, its own included, are; 0: all.
     window: side of the neighbourhood on the scales named by windowed_scales.
     normalize: L2-normalise queries and keys, with a learned scale per head (VAR's `anorm`); else softmax scale 0.25 / sqrt(d).
     """
@@ -199,12 +200,14 @@ class Attention(nn.Module):
         normalize: bool = True,
         window: int = 7,
         windowed_scales: tuple[int, ...] = (),
+        attended_scales: int = 0,
     ):
         super().__init__()
         assert not (history and windowed_scales), "a window limits attention inside a scale"
         self.pyramid = pyramid
         self.heads = heads
         self.history = self.carries_state = history
+        self.attended_scales = (attended_scales or pyramid.num_scales) if history else 1
         self.normalize = normalize
         self.window = window
         self.qkv = LinearOfOtherBias(width, 3 * width, bias=False)
@@ -219,7 +222,8 @@ class Attention(nn.Module):
         fits = [end <= LEADING_TOKENS and k not in windowed_scales for k, end in enumerate(pyramid.offsets[1:])]
         self.num_leading = fits.index(False) if False in fits else pyramid.num_scales
         ids = pyramid.scale_ids()[: pyramid.offsets[self.num_leading]]
-        leading_mask = ids[:, None] >= ids if history else ids[:, None] == ids
+        distance = ids[:, None] - ids  # scales from the query back to the key
+        leading_mask = (distance >= 0) & (distance < self.attended_scales)
         self.register_buffer("leading_mask", leading_mask, persistent=False)
         self.tilings = {size: Tiling.of(size, window) for k in windowed_scales for size in pyramid.shapes[k]}
         for size, tiling in self.tilings.items():
@@ -251,7 +255,12 @@ class Attention(nn.Module):
         length = self.pyramid.lengths[k]
         if k in self.windowed_scales:
             return math.prod(self.tilings[size].scores[1] for size in self.pyramid.shapes[k])
-        return length * (self.pyramid.offsets[k + 1] if self.history else length)
+        seen = self.pyramid.tokens(self.seen_scales(k))
+        return length * (seen.stop - seen.start)
+
+    def seen_scales(self, k: int) -> range:
+        """The scales that queries of scale k see, windows aside."""
+        return range(max(k + 1 - self.attended_scales, 0), k + 1)
 
     @torch.no_grad()
     def init_weights(self, depth: int, generator: torch.Generator | None = None) -> None:
@@ -279,7 +288,7 @@ class Attention(nn.Module):
         outputs = []
         for together in self._calls(scales):
             queries = self.pyramid.tokens(together)
-            keys = slice(0 if self.history else queries.start, queries.stop)
+            keys = slice(self.pyramid.offsets[self.seen_scales(together.start).start], queries.stop)
             rows = slice(queries.start - first_query, queries.stop - first_query)
             columns = slice(keys.start - first_key, keys.stop - first_key)
             parts = q[:, :, rows], k[:, :, columns], v[:, :, columns]
@@ -297,13 +306,13 @@ class Attention(nn.Module):
     def weights(self, x: Tensor, scales: range) -> Iterator[tuple[int, int, Tensor]]:
         """For people who want to see them: scale, head and attention weights (B, h_k * w_k, keys), one after another.
 
-        x (B, L_of_scales, C), from the first scale on; keys: the tokens of the scales so far, without history of this one.
+        x (B, L_of_scales, C), from the first scale on; keys: the tokens of its `seen_scales`.
         """
         q, k, _ = self._project(x)  # (B, H, L_of_scales, D) each
         scale = self._softmax_scale(q)
         for number in scales:
             queries = self.pyramid.tokens(range(number, number + 1))
-            keys = slice(0 if self.history else queries.start, queries.stop)
+            keys = self.pyramid.tokens(self.seen_scales(number))
             hidden = None
             if number in self.windowed_scales:
                 hidden = ~window_mask(*self.pyramid.shapes[number], self.window).to(x.device)

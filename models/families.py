@@ -57,7 +57,7 @@ class MixerConfig:
     """What the mixers of a block are built from.
 
     width: C; heads: of attention; normalize_attention: L2-normalised queries and keys; window: side of the neighbourhood on the
-    windowed_scales.
+    windowed_scales; attended_scales: of attention with a history, 0: all; scan: of Mamba-2, one of models.ssm.SCANS.
     """
 
     width: int
@@ -66,10 +66,19 @@ class MixerConfig:
     normalize_attention: bool = True
     window: int = 7
     windowed_scales: tuple[int, ...] = ()
+    attended_scales: int = 0
+    scan: str = "across"
 
 
 def _attention_over_all(config: MixerConfig) -> Mixer:
-    return Attention(config.width, config.heads, config.pyramid, history=True, normalize=config.normalize_attention)
+    return Attention(
+        config.width,
+        config.heads,
+        config.pyramid,
+        history=True,
+        normalize=config.normalize_attention,
+        attended_scales=config.attended_scales,
+    )
 
 
 def _attention_inside(config: MixerConfig) -> Mixer:
@@ -85,7 +94,7 @@ def _attention_inside(config: MixerConfig) -> Mixer:
 
 
 def _mamba(config: MixerConfig) -> Mixer:
-    return Mamba2(config.width)
+    return Mamba2(config.width, config.pyramid.lengths, config.scan)
 
 
 def _last_two(pyramid: Pyramid) -> tuple[int, ...]:
@@ -132,13 +141,19 @@ class Family:
         """What holds for the kind whatever its size."""
         with torch.device("meta"):  # shapes alone
             mixers = self.build(MixerConfig(width=64, heads=1, pyramid=Pyramid((1, 2))))
-        return Traits(any(mixer.carries_state for mixer in mixers), any(isinstance(mixer, Mamba2) for mixer in mixers))
+        return Traits(
+            any(mixer.carries_state for mixer in mixers),
+            any(isinstance(mixer, Attention) and mixer.history for mixer in mixers),
+            any(isinstance(mixer, Mamba2) for mixer in mixers),
+        )
 
 
 class Traits(NamedTuple):
-    """carries_state: scales depend on one another. has_mamba: its tensors are those of released M-VAR weights."""
+    """carries_state: scales depend on one another. has_history: attention sees earlier scales. has_mamba: its tensors are those
+    of released M-VAR weights."""
 
     carries_state: bool
+    has_history: bool
     has_mamba: bool
 
 

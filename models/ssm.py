@@ -6,8 +6,9 @@ The recurrence over tokens t, for every head with its scalar decay a_t = exp(dt_
     h_t = a_t * h_{t-1} + dt_t * x_t B_t^T,      y_t = h_t C_t + D * x_t,
 
 is computed in chunks of at most 64 tokens: matrix products inside a chunk, and the state h (head_dim x state_dim per head)
-handed from chunk to chunk (arXiv 2405.21060, section 6). Convolution and state run straight across the borders of scales. The
-state goes in and comes out, so generation scale by scale is the same computation cut into pieces.
+handed from chunk to chunk (arXiv 2405.21060, section 6). Convolution and state run straight across the borders of scales; other
+ways (SCANS) are there to see what this one is worth. The state goes in and comes out, so generation scale by scale is the same
+computation cut into pieces.
 
 Parameters are named and shaped as in mamba_ssm's Mamba2 with ngroups = 1; those between the projections stand under `ssm`.
 What is here is plain PyTorch, the default and the reference; models/scan_backends.py replaces parts of it by GPU kernels.
@@ -27,6 +28,8 @@ MAX_PIECE = 1024  # tokens: what a longer piece needs at once leaves a CPU's cac
 NORM_EPS = 1e-5
 DT_RANGE = (1e-3, 1e-1)  # initial step sizes, log-uniform (Mamba-2's own initialisation)
 DT_FLOOR = 1e-4
+# what it passes over: all scales in raster order (M-VAR), each scale anew, or all scales, each from its last token to its first
+SCANS = ("across", "within", "reversed")
 CONV_STD = 0.02  # of the initial convolution, as released with M-VAR
 A_RANGE = (1.0, 16.0)  # initial decay rates, uniform
 
@@ -156,6 +159,11 @@ class GatedRMSNorm(nn.Module):
         return (F.rms_norm(gated, gated.shape[-1:], self.weight.to(wide), NORM_EPS)).to(y.dtype)
 
 
+def _turned(x: Tensor, lengths: list[int]) -> Tensor:
+    """x (B, L, D) with the tokens of every scale in the opposite order; twice is x again."""
+    return torch.cat([part.flip(1) for part in x.split(lengths, dim=1)], dim=1)
+
+
 class StateSpace(nn.Module):
     """What Mamba-2 does between its projections: convolution, scan and gated norm, with everything in float32 that they learn.
 
@@ -227,17 +235,30 @@ class StateSpace(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """Mamba-2 mixer: x (B, L_of_scales, C), scales -> (B, L_of_scales, C), state."""
+    """Mamba-2 mixer: x (B, L_of_scales, C), scales -> (B, L_of_scales, C), state.
 
-    carries_state = True
+    scan: one of SCANS, what the recurrence passes over; lengths: tokens of every scale, which all but "across" ask for.
+    """
+
     hidden_flops = 0
     attention_multiply_adds = 0
 
-    def __init__(self, width: int, state_dim: int = 64, d_conv: int = 4, expand: int = 2, head_dim: int = 64):
+    def __init__(
+        self,
+        width: int,
+        lengths: tuple[int, ...] = (),
+        scan: str = "across",
+        state_dim: int = 64,
+        d_conv: int = 4,
+        expand: int = 2,
+        head_dim: int = 64,
+    ):
         super().__init__()
         inner = expand * width
         if inner % head_dim:
             raise ValueError(f"width {width} times {expand} is no multiple of the Mamba head size {head_dim}")
+        self.lengths, self.scan = lengths, scan
+        self.carries_state = scan != "within"
         self.ssm = StateSpace(inner, state_dim, d_conv, head_dim)
         self.in_proj = nn.Linear(width, inner + self.ssm.conv_dim + self.ssm.heads, bias=False)  # z, xBC, dt
         self.out_proj = nn.Linear(inner, width, bias=False)
@@ -257,9 +278,18 @@ class Mamba2(nn.Module):
         return self.ssm.init_state(batch)
 
     def forward(self, x: Tensor, scales: range, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
-        """x (B, L_of_scales, C); state: after the tokens before x, None at the first. `scales` does not matter here."""
+        """x (B, L_of_scales, C); state: after the tokens before x, None at the first."""
         zxBC, dt = self._project(x)
-        y, state = self.between_projections(zxBC, dt, state)
+        if self.scan == "across":  # whatever the scales are
+            y, state = self.between_projections(zxBC, dt, state)
+            return self.out_proj(y), state
+        lengths = [self.lengths[k] for k in scales]
+        if self.scan == "within":
+            parts = zip(zxBC.split(lengths, dim=1), dt.split(lengths, dim=1), strict=True)
+            y = torch.cat([self.between_projections(*part, None)[0] for part in parts], dim=1)
+        else:
+            y, state = self.between_projections(_turned(zxBC, lengths), _turned(dt, lengths), state)
+            y = _turned(y, lengths)
         return self.out_proj(y), state
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -27,6 +27,7 @@ from models.hub import HubModel
 from models.layers import FeedForward, Modulation, ModulationOffset, drop_paths, modulate, modulation_projection
 from models.model_card import Facts, parameter_count, weight_types
 from models.pyramid import STANDARD_SIDES, Pyramid
+from models.ssm import SCANS
 from models.storage import HALF_TYPES, Description
 
 # The published models; arguments of build_transformer beside the family.
@@ -63,6 +64,8 @@ class TransformerConfig:
     normalize_attention: L2-normalised queries and keys. shared_modulation: one projection for all blocks plus an offset each.
     window: side of the neighbourhood in the markov kinds; window_from: it limits scales of at least this side, None: the last
     two in markov, those of side 13 and more in markov-mamba.
+    attended_scales: so many scales are seen by attention over earlier scales, its own included; 0: all, as published.
+    scan: what Mamba-2 passes over, one of models.ssm.SCANS; "across" all scales, as published.
     drop_path: rate of the last block; it grows linearly from 0 at the first.
     """
 
@@ -78,6 +81,8 @@ class TransformerConfig:
     shared_modulation: bool = False
     window: int = 7
     window_from: int | None = None
+    attended_scales: int = 0
+    scan: str = "across"
     drop_path: float = 0.0
 
     def __post_init__(self):
@@ -90,6 +95,10 @@ class TransformerConfig:
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
         if self.window < 1 or self.window % 2 == 0:
             raise ValueError(f"window={self.window}: give an odd number, such as 7")
+        if self.attended_scales < 0:
+            raise ValueError(f"attended_scales={self.attended_scales}: give 1 or more, or 0 for all")
+        if self.scan not in SCANS:
+            raise ValueError(f"scan={self.scan!r}: give one of {', '.join(SCANS)}")
         if self.shared_modulation and len({FAMILIES[kind].num_sublayers for kind in self.blocks}) > 1:
             raise ValueError("shared_modulation needs blocks of one size: do not mix kinds with and without Mamba")
         if not 0 <= self.drop_path < 1:
@@ -115,7 +124,8 @@ class TransformerConfig:
     def mixers(self, kind: str) -> MixerConfig:
         """What the mixers of a block of this kind are built from."""
         windowed = self.windowed_scales(kind)
-        return MixerConfig(self.width, self.heads, self.pyramid, self.normalize_attention, self.window, windowed)
+        how = self.normalize_attention, self.window, windowed, self.attended_scales, self.scan
+        return MixerConfig(self.width, self.heads, self.pyramid, *how)
 
 
 class PrecisionPart(NamedTuple):

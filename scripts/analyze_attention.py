@@ -112,12 +112,12 @@ def measured(
 
 def figures_of(attention: AttentionTally, retention: RetentionTally, changed: Tensor) -> dict:
     """Everything that was measured, for a JSON."""
-    pyramid, history = attention.pyramid, attention.has_history
+    pyramid = attention.pyramid
     kept = retention.shares()
     return {
         "cost_share": cost_shares(pyramid),
         "attention": attention.shares().figures(),
-        "uniform": AttentionShares.uniform(pyramid, history).figures(),
+        "uniform": AttentionShares.uniform(pyramid, attention.attended_scales).figures(),
         "by_block": {str(block): shares.figures() for block, shares in attention.by_block().items()},
         "own_by_block_and_head": {
             f"{block}.{head}": shares.own_of_all for (block, head), shares in attention.by_head().items()

@@ -80,6 +80,20 @@ def test_defaults_are_the_released_ones():
     assert config.warmup_share == pytest.approx(1 / 50)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"family": "var", "scan": "within"}, "--scan=within: family var has no Mamba"),
+        ({"family": "mvar", "window": 5}, "--window=5: family mvar has no windows"),
+        ({"family": "markov", "attended_scales": 2}, "--attended_scales=2: family markov has no attention to earlier scales"),
+    ],
+)
+def test_what_is_said_of_a_mixer_that_no_block_has_is_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**flags)
+    assert TrainConfig(family="mvar", global_blocks=1, attended_scales=2).attended_scales == 2
+
+
 @pytest.mark.parametrize(("flags", "expected"), [([], 0.4), (["--alng_all"], 0.01)])
 def test_the_gate_of_the_feed_forward_is_initialised_as_told(flags, expected, images, tokenizer, tmp_path):
     words = [*SMALL, "--vae", tokenizer, "--data_path", images, "--local_out_dir_path", tmp_path, "--alng=0.01", "--aln=0.4"]

@@ -19,7 +19,14 @@ from utils import official
 PYRAMID = Pyramid(SIDES)
 LABELS = torch.tensor([1, NUM_CLASSES])
 INPUTS = PYRAMID.num_tokens - PYRAMID.lengths[0]
-CARRIES_HISTORY = {"markov": False}
+ALTERED = {  # what is not published, to see what the published way is worth
+    "two scales attended": {"family": "var", "attended_scales": 2},
+    "scan within scales": {"family": "mvar", "scan": "within"},
+    "scan reversed": {"family": "mvar", "scan": "reversed"},
+}
+VARIANTS = VARIANTS | ALTERED
+# scales behind its own that the inputs of a scale reach; of two blocks that see one earlier scale each, two
+FURTHER = {"markov": 0, "two scales attended": 2, "scan within scales": 0}
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -148,7 +155,7 @@ def test_inputs_of_a_scale_reach_just_the_scales_they_may(variant, model, inputs
     other = inputs.clone()
     other[:, PYRAMID.offsets[k] - 1 : PYRAMID.offsets[k + 1] - 1] += 1
     changed = changed_scales(model(LABELS, inputs), model(LABELS, other))
-    assert changed == list(range(k, 6 if CARRIES_HISTORY.get(variant, True) else k + 1))
+    assert changed == list(range(k, min(k + FURTHER.get(variant, 6) + 1, 6)))
 
 
 def test_class_reaches_every_scale(model, inputs):
@@ -280,6 +287,30 @@ def test_independent_scales_are_computed_without_the_others():
             torch.testing.assert_close(model(LABELS, own, first_scale=first), whole[:, tokens], atol=1e-5, rtol=1e-5)
 
 
+def test_one_attended_scale_is_the_own_one(inputs):
+    """As markov's attention has it where there are no windows."""
+    model, inside = small_transformer("var", attended_scales=1), small_transformer("markov", window_from=100)
+    inside.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert_near(model(LABELS, inputs.float()), inside(LABELS, inputs.float()), 1e-5)
+    counts = [m.blocks[0].mixers[0].attention_multiply_adds for m in (model, inside)]
+    assert counts[0] == counts[1]
+
+
+def test_a_scan_within_scales_leaves_them_independent():
+    assert small_transformer("mvar", scan="within").scales_are_independent
+
+
+def test_a_reversed_scan_reads_every_scale_backwards():
+    model, mirrored = (small_transformer("mvar", scan=scan).blocks[0].mixers[1] for scan in ("reversed", "across"))
+    x = torch.randn(2, PYRAMID.num_tokens, 64, generator=seeded())
+    turned = torch.cat([part.flip(1) for part in PYRAMID.split(x)], dim=1)
+    with torch.no_grad():
+        y, _ = model(x, PYRAMID.scales)
+        other, _ = mirrored(turned, PYRAMID.scales)
+    assert torch.equal(y, torch.cat([part.flip(1) for part in PYRAMID.split(other)], dim=1))
+
+
 @pytest.mark.parametrize("family", ["var", "mvar", "markov-mamba"])
 def test_scales_that_depend_on_earlier_ones_are_not_computed_alone(family):
     with pytest.raises(ValueError, match="first_scale=5: only where all blocks are of kind markov"):
@@ -318,6 +349,8 @@ def test_windows_stand_where_the_kind_and_window_from_say(kind, window_from, sid
         ({"heads": 3}, "width 64 is no multiple of heads 3"),
         ({"window": 6}, "window=6"),
         ({"window": -1}, "window=-1"),
+        ({"attended_scales": -1}, "attended_scales=-1"),
+        ({"scan": "sideways"}, "scan='sideways': give one of across, within, reversed"),
         ({"blocks": ("var", "mvar"), "shared_modulation": True}, "shared_modulation"),
         ({"drop_path": 1.0}, "drop_path=1.0"),
         ({"drop_path": -0.1}, "drop_path=-0.1"),

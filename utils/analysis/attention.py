@@ -23,7 +23,7 @@ class AttentionTally(Watch):
         super().__init__(transformer, Attention)
         if not self.mixers:
             raise ValueError("there is no attention in this transformer")
-        self.has_history = any(mixer.history for mixer in self.mixers)
+        self.attended_scales = max(mixer.attended_scales for mixer in self.mixers)
         heads, scales = self.mixers[0].heads, self.pyramid.num_scales
         self.reach = max(max(shape) for shape in self.pyramid.shapes)
         # (blocks, heads, K, K): what queries of scale k give to scale j, summed over the queries
@@ -35,7 +35,7 @@ class AttentionTally(Watch):
         mixer = self.mixers[number]
         for k, head, weights in mixer.weights(x, scales):  # (B, h_k * w_k, keys)
             by_key = weights.double().sum((0, 1))  # (keys,)
-            seen = range(k + 1) if mixer.history else range(k, k + 1)
+            seen = mixer.seen_scales(k)
             for j, part in zip(seen, by_key.split([self.pyramid.lengths[j] for j in seen]), strict=True):
                 self.between[number, head, k, j] += part.sum().cpu()
             own = weights[:, :, -self.pyramid.lengths[k] :].double().sum(0)  # (h_k * w_k, h_k * w_k)
@@ -77,10 +77,11 @@ class AttentionShares:
     inside: Tensor
 
     @classmethod
-    def uniform(cls, pyramid: Pyramid, history: bool) -> "AttentionShares":
-        """Of queries that see all tokens of the scales so far, or of their own, alike."""
+    def uniform(cls, pyramid: Pyramid, attended_scales: int) -> "AttentionShares":
+        """Of queries that see all tokens alike: of their own scale, and of those before it as far as so many are seen."""
         lengths = torch.tensor(pyramid.lengths, dtype=torch.float64)
-        seen = torch.ones(len(lengths), len(lengths)).tril() if history else torch.eye(len(lengths))
+        distances = torch.arange(len(lengths))[:, None] - torch.arange(len(lengths))
+        seen = (distances >= 0) & (distances < attended_scales)
         between = seen * lengths / (seen * lengths).sum(1, keepdim=True)
         reach = max(max(shape) for shape in pyramid.shapes)
         counts = [torch.bincount(map_distances(*shape).flatten(), minlength=reach) for shape in pyramid.shapes]

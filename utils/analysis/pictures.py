@@ -17,7 +17,7 @@ def draw(path: Path, title: str, attention: AttentionTally, retention: Retention
     from matplotlib.figure import Figure  # here, as it takes half a second
 
     pyramid, shares = attention.pyramid, attention.shares()
-    uniform = AttentionShares.uniform(pyramid, attention.has_history)
+    uniform = AttentionShares.uniform(pyramid, attention.attended_scales)
     figure = Figure(figsize=(16, 9.5))
     axes = figure.subplots(2, 3)
     costs = cost_shares(pyramid)

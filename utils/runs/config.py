@@ -6,10 +6,11 @@ The recipes are those of the released trainers of VAR (arXiv 2404.02905) and M-V
 from dataclasses import dataclass
 from typing import Literal
 
-from models.families import FAMILIES
+from models.families import FAMILIES, Family
 from models.precision import PRECISIONS
 from models.pyramid import Pyramid
 from models.scan_backends import SCAN_BACKENDS
+from models.ssm import SCANS
 from models.tokenizer import VQVAE
 from models.transformer import TransformerConfig, family_config
 from utils.cli import flag
@@ -39,7 +40,12 @@ class TrainConfig:
     width: int = flag(0, "width in channels, 0: 64 * depth")
     heads: int = flag(0, "attention heads, 0: depth")
     global_blocks: int = flag(0, "so many first blocks attend over all scales (M-VAR, figure 5)")
-    window_from: int = flag(0, "markov kinds: 7x7 windows on scales of this side or more, 0: as published for the kind")
+    window_from: int = flag(0, "markov kinds: windows on scales of this side or more, 0: as published for the kind")
+    window: int = flag(7, "markov kinds: side of the window, an odd number")
+    attended_scales: int = flag(0, "blocks with a history: scales that their attention sees, its own included; 0: all")
+    scan: str = flag(
+        "across", "kinds with Mamba: over all scales, within each of them anew, or over all with each reversed", choices=SCANS
+    )
     saln: bool = flag(False, "one modulation for all blocks plus an offset each", "--shared_modulation")
     anorm: bool = flag(True, "L2-normalised queries and keys", "--normalize_attention")
     pn: str = flag("", "pyramid: 256, 512, 1024 or sides such as 1_2_3_4; empty: the tokenizer's", "--pyramid")
@@ -169,6 +175,7 @@ class TrainConfig:
         if self.pn:
             Pyramid.parse(self.pn)
         kinds = {self.family} | ({"var"} if self.global_blocks else set())
+        self._check_kinds([FAMILIES[kind] for kind in kinds])
         if self.scale_groups != "together" and any(FAMILIES[kind].traits.carries_state for kind in kinds):
             raise ValueError(
                 f"--scale_groups={self.scale_groups}: scales depend on one another in family {self.family}"
@@ -181,6 +188,17 @@ class TrainConfig:
             self._check_contrast()
         if self.parallel == "fsdp" and self.fp16 == 1:
             raise ValueError("--parallel=fsdp with --fp16=1: sharded training has no loss scaling: give --fp16=2 (bfloat16)")
+
+    def _check_kinds(self, kinds: list[Family]) -> None:
+        """What is said of a mixer that no block has would say nothing."""
+        self._check_at_least("attended_scales", 0)
+        for name, applies, others in (
+            ("window", any(kind.windows for kind in kinds), "no windows"),
+            ("attended_scales", any(kind.traits.has_history for kind in kinds), "no attention to earlier scales"),
+            ("scan", any(kind.traits.has_mamba for kind in kinds), "no Mamba"),
+        ):
+            if not applies and getattr(self, name) != getattr(TrainConfig, name):
+                raise ValueError(f"--{name}={getattr(self, name)}: family {self.family} has {others}: leave it out")
 
     def _check_adapters(self) -> None:
         if self.lora < 0 or self.lora_alpha < 0:
@@ -233,6 +251,7 @@ class TrainConfig:
         if not 0 <= self.global_blocks <= self.depth:
             raise ValueError(f"--global_blocks={self.global_blocks}: give 0 to {self.depth}, the depth")
         chosen = {"width": self.width, "heads": self.heads, "window_from": self.window_from}
+        chosen |= {"window": self.window, "attended_scales": self.attended_scales, "scan": self.scan}
         overrides = {name: value for name, value in chosen.items() if value}  # 0 leaves it to the family
         if self.drop_path >= 0:
             overrides["drop_path"] = self.drop_path
