@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from models.storage import write_tensors
 from scripts.checks.processes import run
@@ -26,10 +25,7 @@ from utils import cli, evidence
 from utils.checkpoint import load_tokenizer, load_transformer
 from utils.cli import flag, required
 from utils.evidence import over_seeds
-from utils.metrics.distances import precision_recall
-from utils.metrics.features import Extractor
 from utils.metrics.judges import Judges
-from utils.metrics.measure import batch_size, measure_batches
 from utils.sampling.judging import prepared
 
 JUDGE_EPOCHS, JUDGE_BATCH = 2, 64
@@ -92,8 +88,7 @@ def main() -> None:
             start = time.monotonic()
             draw(config, name, flags, seed, samples)
             seconds = time.monotonic() - start
-            figures = {**judges.scores_of(samples), **shares(judges, samples), "seconds": seconds}
-            stored.add({"row": name, "seed": seed, **figures}, flags=ROWS)
+            stored.add({"row": name, "seed": seed, **judges.scores_of(samples), "seconds": seconds}, flags=ROWS)
 
 
 def rows_of(config: Comparison, num_scales: int, judge: Path) -> dict[str, list[str]]:
@@ -134,25 +129,10 @@ def train_judge(images: np.ndarray, labels: np.ndarray, num_classes: int, path: 
     write_tensors(path, network.state_dict())
 
 
-def shares(judges: Judges, samples: Path) -> dict[str, float]:
-    """Precision and recall, beside the training images."""
-    with np.load(samples, allow_pickle=False) as archive:
-        made = archive["arr_0"]
-    real, ours = (pooled(judges.networks["efflite0"], images) for images in (judges.train[judges.chosen], made))
-    precision, recall = precision_recall(real, ours)
-    return {"precision": precision, "recall": recall}
-
-
-def pooled(network: Extractor, images: np.ndarray) -> Tensor:
-    """(N, D) of images (N, H, W, 3) uint8."""
-    size = batch_size(network)
-    batches = (images[first : first + size] for first in range(0, len(images), size))
-    return measure_batches(network, batches, "images").features.pooled
-
-
 COLUMNS: evidence.Columns = {
     "FD-EffLite0": over_seeds("fd", ".1f"),
     "FD-classifier": over_seeds("fd_classifier", ".2f"),
+    "IS-EffLite0": over_seeds("inception_score", ".2f"),
     "precision": over_seeds("precision", ".3f"),
     "recall": over_seeds("recall", ".3f"),
     "recognised": over_seeds("recognised", ".3f"),

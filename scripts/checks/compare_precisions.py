@@ -27,9 +27,7 @@ from utils.checkpoint import load_tokenizer_for, load_transformer
 from utils.cli import flag, required
 from utils.evidence import over_seeds
 from utils.files import replace_text
-from utils.metrics.distances import inception_score
 from utils.metrics.judges import Judges
-from utils.metrics.measure import batch_size, measure_batches
 from utils.metrics.similarity import psnr
 from utils.plots import to_uint8
 
@@ -72,7 +70,7 @@ def main() -> None:
             if name == REFERENCE:
                 exact[seed] = indices, images
             row = {"precision": name, "seed": seed, "images_per_second": config.num / seconds}
-            row |= likeness(*exact[seed], indices, images) | judged(judges, images, labels)
+            row |= likeness(*exact[seed], indices, images) | judges.scores(images, np.array(labels))
             rows.append(row)
             print(row, flush=True)
     path = Path(config.json)
@@ -109,15 +107,6 @@ def likeness(exact_tokens: list[Tensor], exact: np.ndarray, tokens: list[Tensor]
         "psnr_median": ratios.median().item(),
         "psnr_of_equal": ratios[whole].mean().item() if whole.any() else None,
     }
-
-
-def judged(judges: Judges, images: np.ndarray, labels: list[int]) -> dict[str, float]:
-    """What both judges say of images, and their Inception score by EfficientNet-Lite0."""
-    network = judges.networks["efflite0"]
-    size = batch_size(network)
-    measured = measure_batches(network, (images[i : i + size] for i in range(0, len(images), size)), "samples")
-    scores = judges.scores(images, np.array(labels))
-    return scores | {"inception_score": inception_score(measured.features.logits.softmax(1))}
 
 
 def mean_equal_tokens(runs: list[dict]) -> str:

@@ -14,10 +14,9 @@ from utils.data.batches import val_batches
 from utils.data.images import ImageFiles, Images, read_folders
 from utils.metrics.classifier import train_classifier
 from utils.metrics.codes import CodeCounts
-from utils.metrics.distances import frechet_distance
+from utils.metrics.distances import frechet_distance, inception_score, precision_recall
 from utils.metrics.features import Extractor, load_extractor
-from utils.metrics.image_sets import Gaussian
-from utils.metrics.measure import batch_size, measure_batches
+from utils.metrics.measure import Measured, batch_size, measure_batches
 from utils.metrics.reconstruction import reconstruct
 from utils.plots import to_uint8
 
@@ -41,28 +40,34 @@ class Judges:
             "efflite0": load_extractor("efflite0", device=device),
             "classifier": self.classifier,
         }
-        self.references = {name: gaussian(network, self.val) for name, network in self.networks.items()}
+        self.references = {name: measured(network, self.val) for name, network in self.networks.items()}
 
     def distances(self, images: np.ndarray) -> dict[str, float]:
         """Fréchet distance of images (N, H, W, 3) uint8 from the held-out ones, by network."""
-        return {
-            name: frechet_distance(*gaussian(network, images), *self.references[name])
-            for name, network in self.networks.items()
-        }
+        return {name: self._distance(name, measured(network, images)) for name, network in self.networks.items()}
 
     def scores(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Both distances, and how many of images (N, H, W, 3) uint8 the classifier takes for what they are labelled (N,)."""
-        distances = self.distances(images)
+        """Of images (N, H, W, 3) uint8: both distances, and how many the classifier takes for what they are labelled (N,); by
+        EfficientNet-Lite0 their Inception score, and precision and recall beside the held-out images."""
+        ours = {name: measured(network, images) for name, network in self.networks.items()}
+        features = ours["efflite0"].features
+        precision, recall = precision_recall(self.references["efflite0"].features.pooled, features.pooled)
         return {
-            "fd": distances["efflite0"],
-            "fd_classifier": distances["classifier"],
+            "fd": self._distance("efflite0", ours["efflite0"]),
+            "fd_classifier": self._distance("classifier", ours["classifier"]),
             "recognised": self.classifier.accuracy(images, labels),
+            "inception_score": inception_score(features.logits.softmax(1)),
+            "precision": precision,
+            "recall": recall,
         }
 
     def scores_of(self, samples: str | Path) -> dict[str, float]:
         """The same of an .npz that sample.py wrote."""
         with np.load(samples, allow_pickle=False) as archive:
             return self.scores(archive["arr_0"], archive["labels"])
+
+    def _distance(self, name: str, ours: Measured) -> float:
+        return frechet_distance(*ours.statistics.pooled, *self.references[name].statistics.pooled)
 
 
 def pixels_of(files: ImageFiles, pixels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -71,11 +76,11 @@ def pixels_of(files: ImageFiles, pixels: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([to_uint8((batch + 1) / 2) for batch, _ in batches]), files.labels
 
 
-def gaussian(network: Extractor, images: np.ndarray) -> Gaussian:
-    """Of the pooled features of images (N, H, W, 3) uint8."""
+def measured(network: Extractor, images: np.ndarray) -> Measured:
+    """Of images (N, H, W, 3) uint8."""
     size = batch_size(network)
     batches = (images[first : first + size] for first in range(0, len(images), size))
-    return measure_batches(network, batches, "images", keep_features=False).statistics.pooled
+    return measure_batches(network, batches, "images")
 
 
 def decoded(tokenizer: VQVAE, images: np.ndarray) -> tuple[np.ndarray, CodeCounts]:
