@@ -1,6 +1,6 @@
 # make test: lint and all tests.  make demo: train and sample on the embedded images.  make soak: kill a run 50 times and compare
-# its end (three quarters of an hour).  make page: the page in the browser.  All set up .venv themselves, with the versions of
-# constraints.txt.
+# its end (three quarters of an hour).  make page: the page in the browser.  make study: a tiny study, two minutes.  All set
+# up .venv themselves, with the versions of constraints.txt.
 # make test-oldest: all tests with the oldest versions that requirements*.txt allow, on Python 3.12, in .venv-oldest.
 # make lock: constraints.txt anew, from the newest versions; on Python 3.11, as newer ones can have what that one has.
 
@@ -11,7 +11,7 @@ OLDEST := .venv-oldest
 LOCK := .venv-lock
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test test-oldest demo page soak lock clean
+.PHONY: test test-oldest demo page study soak lock clean
 
 test: .venv/installed
 test-oldest: $(OLDEST)/installed
@@ -27,6 +27,9 @@ demo: .venv/installed
 page: .venv/installed
 	@$(BIN)/python -c 'import gradio' 2> /dev/null || $(BIN)/python $(INSTALL) 'gradio>=6'
 	$(BIN)/python scripts/page.py
+
+study: .venv/installed
+	$(BIN)/python scripts/study.py studies/quick.toml --results out/studies/results
 
 soak: .venv/installed
 	$(BIN)/python scripts/checks/soak.py --json results/soak.json

@@ -250,6 +250,18 @@ def first_rows(parts: Any, count: int) -> Any:
     return type(parts)(*rows) if hasattr(parts, "_fields") else tuple(rows)
 
 
+def state_bytes(transformer: ScaleTransformer, rows: int) -> int:
+    """What is carried from scale to scale for a batch of so many rows, guidance's included.
+
+    After the first scale: it grows no more, keys and values have room for all scales then.
+    """
+    conditioning = transformer.condition(torch.zeros(rows, dtype=torch.long, device=transformer.head.weight.device))
+    inputs = conditioning.start.new_zeros(rows, 0, transformer.config.code_dim)
+    with torch.no_grad():
+        _, states = transformer.advance(inputs, range(1), conditioning, transformer.init_state(rows))
+    return sum(part.nbytes for block in states for state in block for part in state)
+
+
 def sample(
     transformer: ScaleTransformer,
     tokenizer: VQVAE,

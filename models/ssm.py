@@ -275,7 +275,9 @@ class Mamba2(nn.Module):
         self.ssm.conv1d.bias.zero_()
 
     def init_state(self, batch: int) -> MambaState:
-        return self.ssm.init_state(batch)
+        """Of no size where nothing is carried from scale to scale."""
+        state = self.ssm.init_state(batch)
+        return state if self.carries_state else MambaState(*(part[:, :0] for part in state))
 
     def forward(self, x: Tensor, scales: range, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
         """x (B, L_of_scales, C); state: after the tokens before x, None at the first."""

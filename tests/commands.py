@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from models.tokenizer import VQVAE, TokenizerConfig
-from scripts.checks.processes import environment, shell_words
 from utils.checkpoint import Description, save_model
 from utils.data import fashion_mnist
 from utils.data.fashion_mnist import read_fashion_mnist
 from utils.files import written_aside
+from utils.processes import environment, shell_words
 from utils.runs.checkpoints import checkpoints
 from utils.runs.log import read_repeatable_metrics
 from utils.runs.saving import read_numbers

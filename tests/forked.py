@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.distributed as torch_dist
 
-from scripts.checks.processes import ROOT, environment
+from utils.processes import ROOT, environment
 
 PROCESSES = multiprocessing.get_context("forkserver")
 # what commands import on their way; not the hub's package, which reads variables as it is imported, and nothing of ours

@@ -9,9 +9,9 @@ import time
 import pytest
 from commands import ROOT, make_images
 
-from scripts.checks.processes import children, environment, shell_words
 from utils.data import batches
 from utils.data.images import Images, read_folders
+from utils.processes import children, environment, shell_words
 from utils.runs.checkpoints import checkpoints
 
 SMALL = ["--depth=1", "--width=64", "--heads=1", "--bs=6", "--mid_reso=1.25", "--val_every=100000", "--save_every=2"]

@@ -5,6 +5,7 @@ import torch
 from commands import run_in_process, script
 from small_models import VARIANTS, small_tokenizer, small_transformer
 
+from models.generate import state_bytes
 from models.tokenizer import VQVAE, TokenizerConfig
 from scripts.benchmarks import sampling
 from scripts.benchmarks.released import decode
@@ -51,10 +52,10 @@ def test_states_are_those_that_are_carried():
     for name, ours in (("var", 2 * 2 * 64), ("markov", 0)):
         transformer, _ = models(name)
         tokens = transformer.pyramid.num_tokens
-        assert sampling.state_bytes(transformer, 6) == ours * 6 * tokens * 4
+        assert state_bytes(transformer, 6) == ours * 6 * tokens * 4
         assert sampling.released_state_bytes(transformer, 6) == ours * 6 * tokens * 4
     transformer, _ = models("mvar")
-    assert sampling.state_bytes(transformer, 6) == 2 * 6 * (3 * (128 + 2 * 64) + 2 * 64 * 64) * 4
+    assert state_bytes(transformer, 6) == 2 * 6 * (3 * (128 + 2 * 64) + 2 * 64 * 64) * 4
     assert sampling.released_state_bytes(transformer, 6) == 2 * 6 * transformer.pyramid.num_tokens * 64 * 4
 
 

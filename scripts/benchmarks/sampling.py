@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from models.captured import CapturedSampler
 from models.drawing import exponential_noise
-from models.generate import SampledScales, SamplingConfig, decode_sampled, sample_scales
+from models.generate import SampledScales, SamplingConfig, decode_sampled, sample_scales, state_bytes
 from models.layers import Modulation, modulate
 from models.precision import TYPES, Precision
 from models.pyramid import Pyramid
@@ -226,15 +226,6 @@ def states(part: str, ways: Ways) -> dict:
         "released_state_bytes": released_state_bytes(ways.transformer, 2 * ways.batch) if is_transformer else None,
         "ours_state_bytes": state_bytes(ways.transformer, 2 * ways.batch) if is_transformer else None,
     }
-
-
-def state_bytes(transformer: ScaleTransformer, rows: int) -> int:
-    """Of the state after the first scale: it grows no more, keys and values have room for all scales then."""
-    conditioning = transformer.condition(torch.zeros(rows, dtype=torch.long, device=transformer.head.weight.device))
-    inputs = conditioning.start.new_zeros(rows, 0, transformer.config.code_dim)
-    with torch.no_grad():
-        _, states = transformer.advance(inputs, range(1), conditioning, transformer.init_state(rows))
-    return sum(part.nbytes for block in states for state in block for part in state)
 
 
 def released_state_bytes(transformer: ScaleTransformer, rows: int) -> int:

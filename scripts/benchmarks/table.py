@@ -11,12 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from models.families import FAMILIES
+from models.generate import state_bytes
 from models.pyramid import Pyramid
 from models.transformer import ScaleTransformer, TransformerConfig, family_config
 from scripts.benchmarks.config import NUM_CLASSES, BenchmarkConfig
 from scripts.benchmarks.formats import Columns, gigabytes, optional
 from scripts.benchmarks.memory import TRAINING_BYTES, num_parameters
-from scripts.benchmarks.sampling import Ways, random_models, state_bytes
+from scripts.benchmarks.sampling import Ways, random_models
 from scripts.benchmarks.timing import free, measure
 from scripts.benchmarks.training import training_row
 from utils.runs.flops import training_flops

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from models.tokenizer import TOKENIZER_PRESETS
-from scripts.checks.processes import run
 from utils import cli, evidence
 from utils.checkpoint import load_tokenizer
 from utils.cli import flag
@@ -27,6 +26,7 @@ from utils.data.fashion_mnist import export_fashion_mnist
 from utils.evidence import over_seeds
 from utils.metrics.judges import Judges, decoded
 from utils.metrics.similarity import psnr, ssim
+from utils.processes import run
 from utils.runs.log import read_metrics
 from utils.runs.tokenizer_config import TokenizerTraining
 

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 
 from models.storage import write_tensors
-from scripts.checks.processes import run
 from utils import cli, evidence
 from utils.checkpoint import load_tokenizer, load_transformer
 from utils.cli import flag, required
 from utils.evidence import over_seeds
 from utils.metrics.judges import Judges
+from utils.processes import run
 from utils.sampling.judging import prepared
 
 JUDGE_EPOCHS, JUDGE_BATCH = 2, 64

@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from scripts.checks.processes import begin, children, run
 from utils import cli, evidence
 from utils.cli import flag, required
 from utils.files import sha256
+from utils.processes import begin, children, run
 
 KILLED_AT = 0.4  # of the images
 

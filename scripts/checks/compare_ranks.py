@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.checks.processes import run
 from utils import cli, evidence
 from utils.cli import flag
 from utils.data.fashion_mnist import export_fashion_mnist
+from utils.processes import run
 from utils.runs.log import read_metrics
 
 # Nats per token: ten units in the last place of a float32 loss of 8. Training amplifies such differences where it is unstable;

@@ -14,13 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.checks.processes import run
 from utils import cli, evidence
 from utils.checkpoint import load_tokenizer
 from utils.cli import flag, required
 from utils.data.images import read_folders
 from utils.evidence import over_seeds
 from utils.metrics.judges import Judges
+from utils.processes import run
 from utils.runs.log import read_metrics
 
 ALL, FIRST, OTHERS = "all", "first half", "other half"  # of the classes

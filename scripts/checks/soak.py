@@ -23,8 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from models.tokenizer import TOKENIZER_PRESETS, VQVAE
-from scripts.checks import processes
-from utils import cli, evidence
+from utils import cli, evidence, processes
 from utils.checkpoint import Description, save_model
 from utils.cli import flag
 from utils.data.fashion_mnist import export_fashion_mnist

@@ -5,7 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+# Asks the kernel for the signal, then becomes the command: code between fork and exec may hang in a process with threads.
+ENDS_WITH_PARENT = """
+import os, sys
+if sys.platform == "linux":
+    import ctypes, signal
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def shell_words(*words: str | Path | int, ranks: int = 1) -> list[str]:
@@ -21,13 +29,19 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
 
 
-def begin(*words: str | Path | int, ranks: int = 1, output: Path | None = None) -> subprocess.Popen:
-    """Start a command from the root of the repository; what it prints is shown, or goes into the file `output`."""
-    command = shell_words(*words, ranks=ranks)
+def begin(
+    *words: str | Path | int, ranks: int = 1, output: Path | None = None, variables: dict[str, str] | None = None
+) -> subprocess.Popen:
+    """Start a command from the root of the repository; what it prints is shown, or goes into the file `output`.
+
+    variables: of its environment, beside ours. It gets SIGTERM where this process ends before it, however that ends (on Linux).
+    """
+    command = [sys.executable, "-c", ENDS_WITH_PARENT, *shell_words(*words, ranks=ranks)]
+    env = environment(**(variables or {}))
     if output is None:
-        return subprocess.Popen(command, cwd=ROOT, env=environment())
+        return subprocess.Popen(command, cwd=ROOT, env=env)
     with open(output, "w") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
 
 
 def run(*words: str | Path | int, ranks: int = 1) -> None:

@@ -1,0 +1,294 @@
+"""Run a study: transformers trained alike but for what is asked, with seeds, scored alike, in one table with error bars.
+
+    python scripts/study.py studies/families.toml
+
+What a plan says stands in utils/studies/plan.py, and in the plans of studies/. Whatever is there is not made again, so the same
+command goes on where it was stopped. It ends with exit code 1 where runs have failed; the tables name them.
+"""
+
+import concurrent.futures
+import functools
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from models.generate import generate, state_bytes
+from models.transformer import ScaleTransformer
+from utils import cli, evidence
+from utils.checkpoint import load_tokenizer, load_transformer
+from utils.cli import argument, flag
+from utils.data.fashion_mnist import export_fashion_mnist
+from utils.data.images import read_folders
+from utils.data.token_cache import fingerprint
+from utils.files import check_folder, locked, replace_text
+from utils.metrics.judges import Judges
+from utils.processes import begin
+from utils.runs.log import clock
+from utils.signals import Stopped, StopRequest, check_stopped
+from utils.studies import figures, tables
+from utils.studies.plan import EMBEDDED, Plan, read_plan
+from utils.studies.runs import PlannedRun, Tokens, figures_of, key_of, planned, told_of, words_of
+from utils.studies.tables import Run
+
+SAMPLED_AT_ONCE = 16  # images of a timed batch
+REPEATS = 5
+GRACE = 60.0  # seconds that a run has to save itself when the study is stopped
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Arguments of scripts/study.py."""
+
+    plan: str = argument("what is asked: a file such as studies/families.toml")
+    out: str = flag("out/studies", "directory of images, tokens and runs, which all plans share")
+    results: str = flag("results/studies", "directory for what came out: figures, tables and pictures under the plan's name")
+    jobs: int | Literal["auto"] = flag("auto", "runs at a time; auto: one on each GPU, or on each core")
+
+    def __post_init__(self):
+        if self.jobs != "auto" and self.jobs < 1:
+            raise ValueError(f"--jobs={self.jobs}: give 1 or more")
+
+
+Place = dict[str, str]  # where a run is computed: what is in the environment of its processes
+
+
+def places(jobs: int | str) -> list[Place]:
+    """One for each of the runs at a time."""
+    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    count = jobs if jobs != "auto" else (gpus or cores)
+    threads = {"OMP_NUM_THREADS": str(max(cores // count, 1))}
+    return [threads | ({"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}) for number in range(count)]
+
+
+def carry_out(words: Sequence[str | Path], log: Path, place: Place) -> None:
+    """A command of this repository to its end; what it prints goes into a file.
+
+    ValueError with its last line where it fails; Stopped, after it has had time to save itself, where the study is to stop.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process = begin(*words, output=log, variables=place)
+    try:
+        while process.poll() is None:
+            check_stopped()
+            time.sleep(0.1)
+    except BaseException:
+        process.terminate()
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
+    if process.returncode:
+        lines = log.read_text(errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "no word")
+        raise ValueError(f"{words[0]} ended with exit code {process.returncode} ({last.strip()}): see {log}")
+
+
+def prepare(plan: Plan, out: Path, place: Place) -> tuple[Path, Tokens]:
+    """The images, and a tokenizer with a cache of their tokens, made where they are not there."""
+    images = out / "images" if plan.data == EMBEDDED else Path(plan.data)
+    if plan.data == EMBEDDED:
+        export_fashion_mnist(images)
+    elif not images.exists():
+        raise FileNotFoundError(
+            f"data = {plan.data!r}: not there: {plan.data_from or 'put a folder with train/ and val/ there'}"
+        )
+    if "source" in plan.tokenizer:
+        source = Path(plan.tokenizer["source"])
+    else:
+        source = out / "tokenizers" / key_of(plan.tokenizer, str(images))
+        words = ["scripts/train_tokenizer.py", "--data_path", images, "--out", source, "--val_every=1000000"]
+        print(f"tokenizer: {source}", flush=True)
+        if not (source.with_suffix(".done")).exists():
+            carry_out([*words, *words_of(plan.tokenizer)], source.with_suffix(".log"), place)
+            source.with_suffix(".done").touch()
+    tokenizer = load_tokenizer(source)
+    key = key_of(fingerprint(tokenizer), str(images))
+    cache = out / "tokens" / key
+    if not (cache / "manifest.json").exists():
+        print(f"tokens: {cache}", flush=True)
+        how = ("--resize=1", "--center_crop")
+        carry_out(
+            ["scripts/cache_tokens.py", "--vae", source, "--data_path", images, "--out", cache, *how],
+            cache.with_suffix(".log"),
+            place,
+        )
+    return images, Tokens(cache, source, tokenizer, len(read_folders(images)[0].class_names), key)
+
+
+class Scores:
+    """Of samples; the judges are made when they are first needed, and asked by one run at a time."""
+
+    def __init__(self, images: Path, pixels: int, count: int):
+        self.lock = threading.Lock()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.judges = functools.cache(lambda: Judges(images, pixels, count, device))
+
+    def write(self, samples: Path, target: Path) -> None:
+        with self.lock:
+            replace_text(target, json.dumps(self.judges().scores_of(samples)))
+
+    def of_real(self) -> Run:
+        """Of as many training images: what the scores of a perfect model would be like."""
+        with self.lock:
+            judges = self.judges()
+            return judges.scores(judges.train[judges.chosen], judges.train_labels[judges.chosen])
+
+
+def complete(run: PlannedRun, tokens: Tokens, scores: Scores, place: Place) -> None:
+    """Train, sample and score a run, whatever of it is not there yet."""
+    train = ["train.py", "--token_cache", tokens.cache, "--vae", tokens.source, "--local_out_dir_path", run.directory]
+    carry_out([*train, *run.words], run.log("train"), place)
+    draw = ["sample.py", "--ckpt", run.directory, "--vae", tokens.source, "--out", run.samples, "--overwrite"]
+    carry_out([*draw, *run.drawing], run.log("sample"), place)
+    scores.write(run.samples, run.scores)
+    run.samples.unlink()  # hundreds of them would fill a disk, and a run draws the same ones again
+
+
+def complete_all(runs: Sequence[PlannedRun], one: Callable[[PlannedRun, Place], None], where: list[Place]) -> dict[Path, str]:
+    """Carry out all runs, as many at a time as there are places. Returns why those have failed that did, by directory."""
+    missing = {run.directory: run for run in runs if not run.scores.exists()}
+    failed: dict[Path, str] = {}
+    done, began = len({run.directory for run in runs}) - len(missing), time.monotonic()
+    total = done + len(missing)
+    free: queue.Queue[Place] = queue.Queue()
+
+    def in_a_place(run: PlannedRun) -> None:
+        place = free.get()
+        try:
+            check_stopped()
+            one(run, place)
+        finally:
+            free.put(place)
+
+    finished = 0
+    for alone in (True, False):
+        own = [run for run in missing.values() if run.alone == alone]
+        at_once = places(1) if alone else where
+        free = queue.Queue()
+        for place in at_once:
+            free.put(place)
+        with concurrent.futures.ThreadPoolExecutor(len(at_once)) as pool:
+            waiting = {pool.submit(in_a_place, run): run for run in own}
+            for future in concurrent.futures.as_completed(waiting):
+                run = waiting[future]
+                try:
+                    future.result()
+                except (ValueError, OSError) as error:
+                    failed[run.directory] = str(error)
+                finished += 1
+                left = (time.monotonic() - began) / finished * (len(missing) - finished)
+                text = f"failed: {failed[run.directory]}" if run.directory in failed else "done"
+                print(
+                    f"{done + finished} of {total} runs, {len(failed)} failed, about {clock(left)} left"
+                    f" | {run.comparison}: {run.row}, seed {run.seed}: {text}",
+                    flush=True,
+                )
+    return failed
+
+
+def costs(runs: Sequence[PlannedRun], tokens: Tokens) -> dict[tuple[str, str], Run]:
+    """By comparison and row: parameters, state and sampling time, rows in turn so that what else runs meets all of them alike.
+
+    Sampling is that of a batch of 16 with guidance, everything included, in float32, over the images; state that of one image.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(tokens.source).to(device)
+    models: dict[Path, ScaleTransformer] = {}
+    for run in runs:  # one of each shape and kind
+        if run.scores.exists() and run.model not in {model.config for model in models.values()}:
+            models[run.directory] = load_transformer(run.directory).to(device)
+    labels = torch.arange(SAMPLED_AT_ONCE, device=device) % tokens.num_classes
+    seconds: dict[Path, list[float]] = {directory: [] for directory in models}
+    for repeat in range(REPEATS + 1):  # the first warms up
+        for directory, model in models.items():
+            start = time.perf_counter()
+            generate(model, tokenizer, labels, top_k=0).images.sum().item()  # waits for the device
+            if repeat:
+                seconds[directory].append((time.perf_counter() - start) / SAMPLED_AT_ONCE)
+    by_config = {
+        model.config: {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "state_bytes": state_bytes(model, 2),
+            "sampling_seconds": median(seconds[directory]),
+        }
+        for directory, model in models.items()
+    }
+    return {(run.comparison, run.row): by_config[run.model] for run in runs if run.model in by_config}
+
+
+def report(plan: Plan, path: Path, runs: list[Run], real: Run, missing: int) -> None:
+    """Write results/NAME.json, .csv, .md and a picture of every comparison."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    evidence.store(path.with_suffix(".json"), {"question": plan.question, "missing_runs": missing, "real": real, "runs": runs})
+    replace_text(path.with_suffix(".csv"), tables.as_csv(runs))
+    lines = [f"# {plan.name}", plan.question]
+    if missing:
+        lines.append(f"**Not complete: {missing} of {missing + len(runs)} runs are missing.**")
+    for comparison in plan.comparisons:
+        own = [run for run in runs if run["comparison"] == comparison.name]
+        if not any("failed" not in run for run in own):
+            continue
+        kind, amount = comparison.budget
+        lines += [f"## {comparison.name}", comparison.question, f"Budget of every row: {amount:g} {kind}."]
+        lines.append(tables.table_of_scores(runs, comparison.name, real))
+        lines.append(tables.table_of_differences(runs, comparison.name, comparison.baseline))
+        if comparison.fit_by:
+            lines.append(tables.table_of_fits(runs, comparison.name, comparison.fit_by))
+        lines += [f"failed: {run['row']}, seed {run['seed']}: {run['failed']}" for run in own if "failed" in run]
+        picture = path.with_name(f"{path.name}_{comparison.name.replace(' ', '_')}.png")
+        figures.draw(picture, runs, comparison.name, real)
+        lines.append(f"![{comparison.name}]({picture.name})")
+    replace_text(path.with_suffix(".md"), "\n\n".join(line.strip() for line in lines if line) + "\n")
+
+
+def main() -> None:
+    config = cli.parse(StudyConfig, __doc__)
+    plan = read_plan(config.plan)
+    out, path = Path(config.out), Path(config.results) / plan.name
+    check_folder(out, "--out")
+    check_folder(config.results, "--results")
+    where = places(config.jobs)
+    with locked(out), StopRequest():
+        images, tokens = prepare(plan, out, where[0])
+        runs = planned(plan, tokens, out)
+        scores = Scores(images, tokens.tokenizer.config.image_shape[0], plan.samples)
+        failed, stopped = {}, None
+        try:
+            failed = complete_all(runs, lambda run, place: complete(run, tokens, scores, place), where)
+        except Stopped as stop:
+            stopped = stop
+    there = [run for run in runs if run.scores.exists()]
+    if there:
+        of_row = costs(there, tokens)
+        told = [figures_of(run) | of_row[run.comparison, run.row] for run in there]
+        told += [told_of(run) | {"failed": failed[run.directory]} for run in runs if run.directory in failed]
+        report(plan, path, told, scores.of_real(), len(runs) - len(told))
+        print(f"{path}.md: {len(there)} of {len(runs)} runs")
+    if stopped is not None:
+        raise stopped
+    if failed:
+        run = next(run for run in runs if run.directory in failed)
+        raise ValueError(
+            f"{len(failed)} runs have failed, such as {run.row}, seed {run.seed}: {failed[run.directory]}: "
+            "mend it, and give the same command again"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)
