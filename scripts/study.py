@@ -109,14 +109,15 @@ def prepare(plan: Plan, out: Path, place: Place) -> tuple[Path, Tokens]:
             f"data = {plan.data!r}: not there: {plan.data_from or 'put a folder with train/ and val/ there'}"
         )
     if "source" in plan.tokenizer:
-        source = Path(plan.tokenizer["source"])
+        source = plan.tokenizer["source"]
     else:
-        source = out / "tokenizers" / key_of(plan.tokenizer, str(images))
-        words = ["scripts/train_tokenizer.py", "--data_path", images, "--out", source, "--val_every=1000000"]
-        print(f"tokenizer: {source}", flush=True)
-        if not (source.with_suffix(".done")).exists():
-            carry_out([*words, *words_of(plan.tokenizer)], source.with_suffix(".log"), place)
-            source.with_suffix(".done").touch()
+        run = out / "tokenizers" / key_of(plan.tokenizer, str(images))
+        if not (done := run.with_suffix(".done")).exists():
+            print(f"tokenizer: {run}", flush=True)
+            words = ["scripts/train_tokenizer.py", "--data_path", images, "--out", run, "--val_every=1000000"]
+            carry_out([*words, *words_of(plan.tokenizer)], run.with_suffix(".log"), place)
+            done.touch()
+        source = str(run)
     tokenizer = load_tokenizer(source)
     key = key_of(fingerprint(tokenizer), str(images))
     cache = out / "tokens" / key
@@ -131,17 +132,17 @@ def prepare(plan: Plan, out: Path, place: Place) -> tuple[Path, Tokens]:
     return images, Tokens(cache, source, tokenizer, len(read_folders(images)[0].class_names), key)
 
 
-class Scores:
-    """Of samples; the judges are made when they are first needed, and asked by one run at a time."""
+class Judged:
+    """Scores of samples by two judges, which are made when they are first needed, and asked by one run at a time."""
 
     def __init__(self, images: Path, pixels: int, count: int):
         self.lock = threading.Lock()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.judges = functools.cache(lambda: Judges(images, pixels, count, device))
 
-    def write(self, samples: Path, target: Path) -> None:
+    def write(self, run: PlannedRun, place: Place) -> None:
         with self.lock:
-            replace_text(target, json.dumps(self.judges().scores_of(samples)))
+            replace_text(run.scores, json.dumps(self.judges().scores_of(run.samples)))
 
     def of_real(self) -> Run:
         """Of as many training images: what the scores of a perfect model would be like."""
@@ -150,13 +151,32 @@ class Scores:
             return judges.scores(judges.train[judges.chosen], judges.train_labels[judges.chosen])
 
 
-def complete(run: PlannedRun, tokens: Tokens, scores: Scores, place: Place) -> None:
+@dataclass(frozen=True)
+class Referred:
+    """Scores of samples by scripts/evaluate.py, against a reference of its own."""
+
+    reference: str
+
+    def write(self, run: PlannedRun, place: Place) -> None:
+        told = run.scores.with_name(f"evaluate-{run.scores.name}")
+        words = ["scripts/evaluate.py", run.samples, self.reference, "--json", told, "--overwrite"]
+        carry_out(words, run.log("evaluate"), place)
+        scores = json.loads(told.read_text())["scores"]["samples"]
+        names = {"fid": "FID", "is": "Inception score", "precision": "precision", "recall": "recall"}
+        replace_text(run.scores, json.dumps({ours: scores[theirs] for ours, theirs in names.items()}))
+
+    def of_real(self) -> Run:
+        """Nothing: the reference is not ours."""
+        return {}
+
+
+def complete(run: PlannedRun, tokens: Tokens, scores: Judged | Referred, place: Place) -> None:
     """Train, sample and score a run, whatever of it is not there yet."""
     train = ["train.py", "--token_cache", tokens.cache, "--vae", tokens.source, "--local_out_dir_path", run.directory]
     carry_out([*train, *run.words], run.log("train"), place)
     draw = ["sample.py", "--ckpt", run.directory, "--vae", tokens.source, "--out", run.samples, "--overwrite"]
     carry_out([*draw, *run.drawing], run.log("sample"), place)
-    scores.write(run.samples, run.scores)
+    scores.write(run, place)
     run.samples.unlink()  # hundreds of them would fill a disk, and a run draws the same ones again
 
 
@@ -267,7 +287,8 @@ def main() -> None:
     with locked(out), StopRequest():
         images, tokens = prepare(plan, out, where[0])
         runs = planned(plan, tokens, out)
-        scores = Scores(images, tokens.tokenizer.config.image_shape[0], plan.samples)
+        pixels = tokens.tokenizer.config.image_shape[0]
+        scores = Referred(plan.reference) if plan.reference else Judged(images, pixels, plan.samples)
         failed, stopped = {}, None
         try:
             failed = complete_all(runs, lambda run, place: complete(run, tokens, scores, place), where)

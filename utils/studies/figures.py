@@ -6,7 +6,7 @@ from statistics import mean, stdev
 
 from utils.studies.tables import FIGURES, Run, finished
 
-SHOWN = ("val_loss", "fd", "recognised")  # scores by row
+SHOWN = ("val_loss", "fd", "recognised", "fid", "is")  # scores by row, the first three that there are
 
 
 def draw(path: Path, runs: Sequence[Run], comparison: str, real: Run) -> None:
@@ -30,7 +30,8 @@ def draw(path: Path, runs: Sequence[Run], comparison: str, real: Run) -> None:
         axis.set(title=f"held-out loss over {label}, every seed", xlabel=label, ylabel="nats per token")
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
-    for axis, key in zip(axes[1], SHOWN, strict=True):
+    shown = [key for key in SHOWN if all(key in run for row in rows for run in finished(runs, comparison, row))]
+    for axis, key in zip(axes[1], shown, strict=False):
         for place, row in enumerate(rows):
             values = [run[key] * FIGURES[key].factor for run in finished(runs, comparison, row)]
             axis.plot(values, [place] * len(values), "o", color=colours[row], markersize=5, alpha=0.5)

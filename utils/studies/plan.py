@@ -6,7 +6,8 @@
     tokenizer = { preset = "f8-32", max_steps = 1400 }    # flags of scripts/train_tokenizer.py; or { source = "..." }
     common = { depth = 6, width = 192 }  # flags of train.py of every row
     samples = 1000                       # of each run, to be scored
-    sampling = { cfg = "1.5" }           # flags of sample.py
+    sampling = { cfg = 1.5 }             # flags of sample.py
+    reference = ""                       # scripts/evaluate.py scores by Inception against it; empty: two judges by the images
 
     [[comparisons]]
     name = "equal steps"
@@ -71,6 +72,7 @@ class Plan:
     common: Flags = field(default_factory=dict)
     samples: int = 1000
     sampling: Flags = field(default_factory=dict)
+    reference: str = ""
 
     def __post_init__(self):
         for name, least in (("seeds", 1), ("samples", 10)):
@@ -107,7 +109,14 @@ def _plan_of(name: str, contents: Flags) -> Plan:
     for needed in ("question", "tokenizer", "comparisons"):
         if needed not in contents:
             raise ValueError(f"{needed} is missing: a plan says it")
-    for key, kind in (("question", str), ("data", str), ("data_from", str), ("seeds", int), ("samples", int)):
+    for key, kind in (
+        ("question", str),
+        ("data", str),
+        ("data_from", str),
+        ("reference", str),
+        ("seeds", int),
+        ("samples", int),
+    ):
         if key in contents:
             _check_type(key, contents[key], kind)
     for key in ("tokenizer", "common", "sampling"):

@@ -30,10 +30,10 @@ def key_of(*parts: object) -> str:
 
 
 class Tokens(NamedTuple):
-    """What transformers of a study are trained on: a token cache and its tokenizer; key: of both."""
+    """What transformers of a study are trained on: a token cache and its tokenizer, from `source`; key: of both."""
 
     cache: Path
-    source: Path
+    source: str
     tokenizer: VQVAE
     num_classes: int
     key: str
@@ -82,19 +82,23 @@ def planned(plan: Plan, tokens: Tokens, out: Path) -> list[PlannedRun]:
                     model = TrainConfig(**flags).transformer_config(tokens.tokenizer, tokens.num_classes)
                 except ValueError as error:
                     raise ValueError(f"comparison {comparison.name!r}, row {row!r}: {error}") from error
-                words = (
-                    *words_of(flags),
-                    *budget_words(comparison, flags, model),
-                    f"--seed={seed}",
-                    "--keep=1",
-                    "--val_samples=0",
-                )
+                budget = budget_words(comparison, flags, model)
+                words = (*words_of(flags), *budget, f"--seed={seed}", "--keep=1", "--val_samples=0")
                 name = f"{flags.get('family', TrainConfig.family)}-d{model.depth}-w{model.width}-seed{seed}"
-                directory = out / "runs" / f"{name}-{key_of(sorted(words), tokens.key)}"
+                directory = out / "runs" / f"{name}-{key_of(decisive(flags), budget, tokens.key)}"
                 alone = comparison.budget[0] == "minutes"
                 how = (*drawing, f"--seed={seed}")
                 runs.append(PlannedRun(comparison.name, row, seed, flags, words, how, directory, model, alone))
     return runs
+
+
+def decisive(flags: Flags) -> Flags:
+    """What decides a run: flags that differ from their defaults, without those that change nothing of what comes out."""
+    return {
+        name: value
+        for name, value in flags.items()
+        if name not in ("workers", "log_every") and value != getattr(TrainConfig, name)
+    }
 
 
 def words_of(flags: Flags) -> list[str]:

@@ -34,6 +34,8 @@ FIGURES = {
     "fd": Figure("FD-EffLite0", ".1f"),
     "fd_classifier": Figure("FD-classifier", ".2f"),
     "inception_score": Figure("IS-EffLite0", ".2f"),
+    "fid": Figure("FID", ".2f"),
+    "is": Figure("Inception score", ".1f"),
     "precision": Figure("precision", ".3f"),
     "recall": Figure("recall", ".3f"),
     "recognised": Figure("recognised", ".3f"),
@@ -42,7 +44,7 @@ FIGURES = {
     "state_bytes": Figure("state (kB an image)", ".1f", factor=1e-3),
     "memory_gb": Figure("memory (GB)", ".2f"),
 }
-TESTED = ("val_loss", "fd", "fd_classifier", "inception_score", "precision", "recall", "recognised")  # what seeds vary
+TESTED = ("val_loss", "fd", "fd_classifier", "inception_score", "fid", "is", "precision", "recall", "recognised")
 
 
 class Difference(NamedTuple):
