@@ -205,13 +205,16 @@ def _check_type(name: str, value: Any, kind: type) -> None:
 
 
 def _check_flags(flags: Flags, config_class: type, own: tuple[str, ...], where: str) -> None:
-    """Flags that the command has, of their types, and none that the study sets."""
+    """Flags that the command has, with values that they can have, and none that the study sets."""
     kinds = _kinds_of(config_class)
+    choices = {part.name: part.metadata["choices"] for part in fields(config_class)}
     for name, value in flags.items():
         if name in own:
             raise ValueError(f"{where}: {name} is set by the study: leave it out")
         _check_names({name: value}, [key for key in kinds if key not in own], where)
         _check_type(f"{where}: {name}", value, kinds[name])
+        if choices[name] and value not in choices[name]:
+            raise ValueError(f"{where}: {name} = {value!r}: give one of {', '.join(map(str, choices[name]))}")
 
 
 def _kinds_of(config_class: type) -> dict[str, type]:
