@@ -8,6 +8,7 @@ command goes on where it was stopped. It ends with exit code 1 where runs have f
 
 import concurrent.futures
 import functools
+import itertools
 import json
 import os
 import queue
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -180,45 +181,50 @@ def complete(run: PlannedRun, tokens: Tokens, scores: Judged | Referred, place: 
     run.samples.unlink()  # hundreds of them would fill a disk, and a run draws the same ones again
 
 
-def complete_all(runs: Sequence[PlannedRun], one: Callable[[PlannedRun, Place], None], where: list[Place]) -> dict[Path, str]:
-    """Carry out all runs, as many at a time as there are places. Returns why those have failed that did, by directory."""
-    missing = {run.directory: run for run in runs if not run.scores.exists()}
-    failed: dict[Path, str] = {}
-    done, began = len({run.directory for run in runs}) - len(missing), time.monotonic()
-    total = done + len(missing)
+def in_places(
+    runs: Sequence[PlannedRun], one: Callable[[PlannedRun, Place], None], where: list[Place]
+) -> Iterator[tuple[PlannedRun, str]]:
+    """Carry out runs, as many at a time as there are places; each is given as it ends, with why it has failed, or ""."""
     free: queue.Queue[Place] = queue.Queue()
+    for place in where:
+        free.put(place)
 
     def in_a_place(run: PlannedRun) -> None:
+        check_stopped()
         place = free.get()
         try:
-            check_stopped()
             one(run, place)
         finally:
             free.put(place)
 
-    finished = 0
-    for alone in (True, False):
-        own = [run for run in missing.values() if run.alone == alone]
-        at_once = places(1) if alone else where
-        free = queue.Queue()
-        for place in at_once:
-            free.put(place)
-        with concurrent.futures.ThreadPoolExecutor(len(at_once)) as pool:
-            waiting = {pool.submit(in_a_place, run): run for run in own}
-            for future in concurrent.futures.as_completed(waiting):
-                run = waiting[future]
-                try:
-                    future.result()
-                except (ValueError, OSError) as error:
-                    failed[run.directory] = str(error)
-                finished += 1
-                left = (time.monotonic() - began) / finished * (len(missing) - finished)
-                text = f"failed: {failed[run.directory]}" if run.directory in failed else "done"
-                print(
-                    f"{done + finished} of {total} runs, {len(failed)} failed, about {clock(left)} left"
-                    f" | {run.comparison}: {run.row}, seed {run.seed}: {text}",
-                    flush=True,
-                )
+    with concurrent.futures.ThreadPoolExecutor(len(where)) as pool:
+        begun = {pool.submit(in_a_place, run): run for run in runs}
+        for future in concurrent.futures.as_completed(begun):
+            try:
+                future.result()
+                yield begun[future], ""
+            except (ValueError, OSError) as error:
+                yield begun[future], str(error)
+
+
+def complete_all(runs: Sequence[PlannedRun], one: Callable[[PlannedRun, Place], None], where: list[Place]) -> dict[Path, str]:
+    """Carry out all runs that are not there yet and tell how far it is. Returns why some have failed, by directory."""
+    all_runs = {run.directory: run for run in runs}  # two rows may ask for the same one
+    missing = [run for run in all_runs.values() if not run.scores.exists()]
+    alone = [run for run in missing if run.alone]
+    others = [run for run in missing if not run.alone]
+    failed, began = {}, time.monotonic()
+    ended = itertools.chain(in_places(alone, one, places(1)), in_places(others, one, where))
+    for count, (run, failure) in enumerate(ended, start=1):
+        if failure:
+            failed[run.directory] = failure
+        left = (time.monotonic() - began) / count * (len(missing) - count)
+        there = len(all_runs) - len(missing) + count - len(failed)
+        print(
+            f"{there} of {len(all_runs)} runs, {len(failed)} failed, about {clock(left)} left"
+            f" | {run.comparison}: {run.row}, seed {run.seed}: {f'failed: {failure}' if failure else 'done'}",
+            flush=True,
+        )
     return failed
 
 
@@ -255,9 +261,11 @@ def costs(runs: Sequence[PlannedRun], tokens: Tokens) -> dict[tuple[str, str], R
 def report(plan: Plan, path: Path, runs: list[Run], real: Run, missing: int) -> None:
     """Write results/NAME.json, .csv, .md and a picture of every comparison."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    evidence.store(path.with_suffix(".json"), {"question": plan.question, "missing_runs": missing, "real": real, "runs": runs})
+    stored = {"question": plan.question, "missing_runs": missing, "real": real, "runs": runs}
+    evidence.store(path.with_suffix(".json"), stored)
     replace_text(path.with_suffix(".csv"), tables.as_csv(runs))
-    lines = [f"# {plan.name}", plan.question]
+    told = evidence.circumstances()
+    lines = [f"# {plan.name}", plan.question, f"Made by `{told['command']}`, {told['device']}, commit {told['commit']}."]
     if missing:
         lines.append(f"**Not complete: {missing} of {missing + len(runs)} runs are missing.**")
     for comparison in plan.comparisons:
