@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# M-VAR d30 as published. Set GPUS; on several machines NODES, HEAD and JOB too (see README). Further flags go behind.
+# M-VAR d30 as published. Set GPUS; on several machines NODES, HEAD and JOB too (see docs/training.md). Further flags go behind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # seconds that a signal to stop leaves for the last step and its checkpoint

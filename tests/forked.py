@@ -29,15 +29,16 @@ PROCESSES.set_forkserver_preload(
         "torch.utils.tensorboard",
         "torchvision.transforms.v2",
         "torchmetrics.functional.image",
+        "timm",
         "matplotlib.figure",
     ]
 )
 
 
 class Forked:
-    """`python words...` from the root of the repository, words[0] a file, by one process or by ranks."""
+    """`python words...`, words[0] a file of the repository, in its root or elsewhere, by one process or by ranks."""
 
-    def __init__(self, *words, ranks: int = 1, **variables: str):
+    def __init__(self, *words, ranks: int = 1, cwd: Path = ROOT, **variables: str):
         self.words = list(map(str, words))
         self.outputs = tempfile.TemporaryDirectory()
         self.paths = [Path(self.outputs.name) / name for name in ("stdout", "stderr")]
@@ -48,7 +49,7 @@ class Forked:
             self.store = torch_dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             surroundings = [{**surroundings[0], **rank_variables(rank, ranks, self.store.port)} for rank in range(ranks)]
         self.processes = [
-            PROCESSES.Process(target=run_file, args=(self.words, variables, self.paths)) for variables in surroundings
+            PROCESSES.Process(target=run_file, args=(self.words, variables, self.paths, cwd)) for variables in surroundings
         ]
         for process in self.processes:
             process.start()
@@ -84,9 +85,9 @@ class Forked:
         self.kill()
 
 
-def run_forked(*words, ranks: int = 1, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess:
-    """Run a command from the root of the repository and wait for it."""
-    with Forked(*words, ranks=ranks, **variables) as command:
+def run_forked(*words, ranks: int = 1, timeout: float = 300, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
+    """Run a command and wait for it."""
+    with Forked(*words, ranks=ranks, cwd=cwd, **variables) as command:
         return command.wait(timeout)
 
 
@@ -97,15 +98,16 @@ def rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
     return texts | {name: str(number) for name, number in numbers.items()}
 
 
-def run_file(words: list[str], variables: dict[str, str], outputs: list[Path]) -> None:
+def run_file(words: list[str], variables: dict[str, str], outputs: list[Path], cwd: Path) -> None:
     """In the new process: become `python words...`. outputs: what stdout and stderr of all ranks are appended to."""
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(variables)
-    os.chdir(ROOT)
-    sys.argv, sys.path[:0] = words, [str((ROOT / words[0]).parent)]
+    os.chdir(cwd)
+    file = str(ROOT / words[0])
+    sys.argv, sys.path[:0] = [file if cwd != ROOT else words[0], *words[1:]], [str(Path(file).parent)]
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        runpy.run_path(file, run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # as at the end of Python, which a forked process does not come to

@@ -192,6 +192,9 @@ def test_a_square_may_be_given_by_both_sides(command):
     assert command("256x256") == command("256")
 
 
-def test_the_command_of_the_readme_runs(command):
-    (line,) = re.findall(r"`python scripts/choose_pyramid.py ([^`]+)`", (ROOT / "README.md").read_text())
-    assert command(*shlex.split(line))[0] == 0
+def test_the_commands_of_the_pages_run(command):
+    texts = [(ROOT / "docs" / f"{page}.md").read_text() for page in ("faq", "own_images", "tokenizer")]
+    for text in texts:
+        lines = re.findall(r"python scripts/choose_pyramid.py ([^`\n]+)", text)
+        assert lines
+        assert all(command(*shlex.split(line))[0] == 0 for line in lines)
