@@ -100,6 +100,20 @@ def carry_out(words: Sequence[str | Path], log: Path, place: Place) -> None:
         raise ValueError(f"{words[0]} ended with exit code {process.returncode} ({last.strip()}): see {log}")
 
 
+def wait_until_left(directory: Path) -> None:
+    """Until no process writes there any more: the run of a study that was killed has to save itself first."""
+    until = time.monotonic() + GRACE
+    while directory.exists():
+        try:
+            with locked(directory):
+                return
+        except ValueError:
+            if time.monotonic() > until:
+                raise
+            check_stopped()
+            time.sleep(0.2)
+
+
 def prepare(plan: Plan, out: Path, place: Place) -> tuple[Path, Tokens]:
     """The images, and a tokenizer with a cache of their tokens, made where they are not there."""
     images = out / "images" if plan.data == EMBEDDED else Path(plan.data)
@@ -115,6 +129,7 @@ def prepare(plan: Plan, out: Path, place: Place) -> tuple[Path, Tokens]:
         run = out / "tokenizers" / key_of(plan.tokenizer, str(images))
         if not (done := run.with_suffix(".done")).exists():
             print(f"tokenizer: {run}", flush=True)
+            wait_until_left(run)
             words = ["scripts/train_tokenizer.py", "--data_path", images, "--out", run, "--val_every=1000000"]
             carry_out([*words, *words_of(plan.tokenizer)], run.with_suffix(".log"), place)
             done.touch()
@@ -173,6 +188,7 @@ class Referred:
 
 def complete(run: PlannedRun, tokens: Tokens, scores: Judged | Referred, place: Place) -> None:
     """Train, sample and score a run, whatever of it is not there yet."""
+    wait_until_left(run.directory)
     train = ["train.py", "--token_cache", tokens.cache, "--vae", tokens.source, "--local_out_dir_path", run.directory]
     carry_out([*train, *run.words], run.log("train"), place)
     draw = ["sample.py", "--ckpt", run.directory, "--vae", tokens.source, "--out", run.samples, "--overwrite"]
