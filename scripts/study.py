@@ -126,7 +126,7 @@ def prepare(plan: Plan, out: Path, place: Place) -> tuple[Path, Tokens]:
     if "source" in plan.tokenizer:
         source = plan.tokenizer["source"]
     else:
-        run = out / "tokenizers" / key_of(plan.tokenizer, str(images))
+        run = out / "tokenizers" / key_of(plan.tokenizer, plan.data)
         if not (done := run.with_suffix(".done")).exists():
             print(f"tokenizer: {run}", flush=True)
             wait_until_left(run)
@@ -135,7 +135,7 @@ def prepare(plan: Plan, out: Path, place: Place) -> tuple[Path, Tokens]:
             done.touch()
         source = str(run)
     tokenizer = load_tokenizer(source)
-    key = key_of(fingerprint(tokenizer), str(images))
+    key = key_of(fingerprint(tokenizer), plan.data)
     cache = out / "tokens" / key
     if not (cache / "manifest.json").exists():
         print(f"tokens: {cache}", flush=True)
