@@ -29,6 +29,7 @@ from utils.processes import run
 from utils.sampling.judging import prepared
 
 JUDGE_EPOCHS, JUDGE_BATCH = 2, 64
+RECOGNISED = 0.6  # of held-out images by a judge, at least
 PUBLISHED = "as published"
 ROWS: dict[str, list[str]] = {
     PUBLISHED: [],
@@ -83,7 +84,7 @@ def main() -> None:
             if judges is None:
                 judges = Judges(config.data_path, tokenizer.config.image_shape[0], config.num)
             if str(judge) in " ".join(flags) and not judge.exists():
-                train_judge(judges.train, judges.train_labels, transformer.config.num_classes, judge)
+                train_judge(judges, transformer.config.num_classes, judge)
             samples = Path(config.out) / f"{name.replace(' ', '_').replace(',', '')}_{seed}.npz"
             start = time.monotonic()
             draw(config, name, flags, seed, samples)
@@ -110,14 +111,22 @@ def draw(config: Comparison, name: str, flags: list[str], seed: int, samples: Pa
     run("sample.py", *words, *flags)
 
 
-def train_judge(images: np.ndarray, labels: np.ndarray, num_classes: int, path: Path) -> None:
-    """A MobileNet on images (N, H, W, 3) uint8, seen as utils/sampling/judging.py shows them to it."""
+def train_judge(judges: Judges, num_classes: int, path: Path) -> None:
+    """A MobileNet on the training images, seen as utils/sampling/judging.py shows them to it.
+
+    ValueError where it does not recognise the held-out ones: its choice would be none.
+    """
     from torchvision.models import mobilenet_v3_small  # here, as it takes a second
 
     torch.manual_seed(0)
     network = mobilenet_v3_small(num_classes=num_classes)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = (
+                0.1  # its own, 0.01, averages over more steps than there are here: evaluated it would know nothing
+            )
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    pixels, targets = torch.from_numpy(images), torch.from_numpy(labels)
+    pixels, targets = torch.from_numpy(judges.train), torch.from_numpy(judges.train_labels)
     for epoch in range(JUDGE_EPOCHS):
         for rows in torch.randperm(len(pixels)).split(JUDGE_BATCH):
             loss = F.cross_entropy(network(prepared(pixels[rows].permute(0, 3, 1, 2) / 255)), targets[rows])
@@ -125,6 +134,14 @@ def train_judge(images: np.ndarray, labels: np.ndarray, num_classes: int, path: 
             loss.backward()
             optimizer.step()
         print(f"judge: epoch {epoch + 1} of {JUDGE_EPOCHS}, loss {loss.item():.3f}", flush=True)
+    network.eval()
+    with torch.no_grad():
+        held_out = torch.from_numpy(judges.val).split(JUDGE_BATCH)
+        found = torch.cat([network(prepared(images.permute(0, 3, 1, 2) / 255)).argmax(1) for images in held_out])
+    accuracy = (found == torch.from_numpy(judges.val_labels)).float().mean().item()
+    print(f"judge: recognises {accuracy:.1%} of held-out images", flush=True)
+    if accuracy < RECOGNISED:
+        raise ValueError(f"the judge recognises {accuracy:.1%} of held-out images: give a better one, --judge")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, network.state_dict())
 
