@@ -127,9 +127,7 @@ def train_judge(judges: Judges, num_classes: int, path: Path) -> None:
     network = mobilenet_v3_small(num_classes=num_classes)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = (
-                0.1  # its own, 0.01, averages over more steps than there are here: evaluated it would know nothing
-            )
+            module.momentum = 0.1  # 0.01, its own, is for many more steps: evaluated it would know nothing
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     pixels, targets = torch.from_numpy(judges.train), torch.from_numpy(judges.train_labels)
     for epoch in range(JUDGE_EPOCHS):
