@@ -25,7 +25,6 @@ sampling = {{ batch = 16 }}
 name = "some steps"
 steps = 4
 rows.VAR = {{ family = "var" }}
-rows."M-VAR" = {{ family = "mvar" }}
 rows.impossible = {{ family = "mvar", width = 80 }}
 """
 
@@ -52,7 +51,7 @@ def test_a_study_is_stopped_and_gone_on_with(tmp_path):
     output = process.communicate(timeout=120)[0].decode()
     assert process.returncode == 128 + signal.SIGTERM, output
     first = scores(tmp_path)
-    assert 1 <= len(first) < 4
+    assert len(first) == 1
     assert "Not complete" in (tmp_path / "results" / "plan.md").read_text()
 
     result = run_forked(*study(tmp_path, "--jobs=2"))
@@ -61,11 +60,11 @@ def test_a_study_is_stopped_and_gone_on_with(tmp_path):
     assert last.startswith("study.py: error: 2 runs have failed, such as impossible, seed 0: train.py ended with exit code 1")
     assert "no multiple of the Mamba head size" in last
     assert {path: time for path, time in scores(tmp_path).items() if path in first} == first
-    assert len(scores(tmp_path)) == 4
+    assert len(scores(tmp_path)) == 2
 
     stored = json.loads((tmp_path / "results" / "plan.json").read_text())
     runs = [run for run in stored["runs"] if "failed" not in run]
-    assert {(run["row"], run["seed"]) for run in runs} == {(row, seed) for row in ("VAR", "M-VAR") for seed in (0, 1)}
+    assert [(run["row"], run["seed"]) for run in runs] == [("VAR", 0), ("VAR", 1)]
     for run in runs:
         assert run["steps"] == 4
         assert [step for step, _ in run["curve"]] == [1, 2, 3, 4]
@@ -76,7 +75,7 @@ def test_a_study_is_stopped_and_gone_on_with(tmp_path):
     assert "| impossible | 0, 2 failed |" in table
     assert "failed: impossible, seed 1: train.py ended with exit code 1" in table
     assert (tmp_path / "results" / "plan_some_steps.png").exists()
-    assert len((tmp_path / "results" / "plan.csv").read_text().splitlines()) == 1 + 6
+    assert len((tmp_path / "results" / "plan.csv").read_text().splitlines()) == 1 + 4
 
 
 @pytest.mark.parametrize(
