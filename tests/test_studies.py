@@ -84,6 +84,7 @@ def test_plans_of_the_repository_can_be_read(path):
         (HEAD + BODY.replace("steps = 20", ""), "comparison 'some': has no budget: give one of steps, minutes, teraflops"),
         (HEAD + BODY.replace("steps = 20", "steps = 20\nminutes = 1.0"), "has steps and minutes: give one"),
         (HEAD + BODY.replace("steps = 20", "minutes = -1.0"), "minutes = -1.0: give more than 0"),
+        (HEAD + BODY.replace("steps = 20", "teraflops = inf"), "teraflops = inf: give more than 0, and a number that ends"),
         (HEAD + BODY.replace("steps = 20", "steps = true"), "steps = True: is to be a whole number"),
         (HEAD + "[[comparisons]]\nname = 'some'\nsteps = 3\ngrid.depth = 2", "grid has depth = 2: give a list"),
         (HEAD + "[[comparisons]]\nname = 'some'\nsteps = 3", "comparison 'some': has no rows"),
@@ -197,6 +198,11 @@ def test_a_failed_run_is_named_and_not_counted():
     assert lines["real images"][heads.index("FD-EffLite0")] == "1.5"
     assert "no memory" in as_csv([*RUNS, FAILED])
     assert as_csv(RUNS).splitlines()[1].startswith("some,VAR,0,VAR,")
+
+
+def test_names_do_not_break_a_table():
+    run = made_up("a|b", 0, 5.0)
+    assert "| a\\|b | 1 |" in table_of_scores([run], "some", {})
 
 
 def test_a_power_law_is_found_again():

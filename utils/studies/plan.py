@@ -21,6 +21,7 @@ A comparison may have a grid instead of rows, or beside them: lists of values by
 
 import difflib
 import itertools
+import math
 import tomllib
 import typing
 from collections.abc import Callable
@@ -154,8 +155,8 @@ def _comparison_of(contents: Flags, common: Flags) -> Comparison:
         raise ValueError(f"{where}: has {' and '.join(given) or 'no budget'}: give one of {', '.join(BUDGETS)}")
     budget = given[0]
     _check_type(budget, contents[budget], int if budget == "steps" else float)
-    if not contents[budget] > 0:
-        raise ValueError(f"{where}: {budget} = {contents[budget]}: give more than 0")
+    if not 0 < contents[budget] < math.inf:
+        raise ValueError(f"{where}: {budget} = {contents[budget]}: give more than 0, and a number that ends")
     for key, kind in (("rows", dict), ("grid", dict), ("baseline", str), ("question", str), ("fit_by", str)):
         if key in contents:
             _check_type(key, contents[key], kind)

@@ -141,7 +141,7 @@ def power_law(sizes: Sequence[float], losses: Sequence[float]) -> Fit | None:
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """A table whose first line is its head."""
-    head, *body = lines
+    head, *body = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)) + "\n"
 
 
