@@ -296,7 +296,7 @@ def report(plan: Plan, path: Path, runs: list[Run], real: Run, missing: int) -> 
         if comparison.fit_by:
             lines.append(tables.table_of_fits(runs, comparison.name, comparison.fit_by))
         lines += [f"failed: {run['row']}, seed {run['seed']}: {run['failed']}" for run in own if "failed" in run]
-        picture = path.with_name(f"{path.name}_{re.sub(r'\W+', '_', comparison.name)}.png")
+        picture = path.with_name("_".join([path.name, *re.findall(r"\w+", comparison.name)]) + ".png")
         figures.draw(picture, runs, comparison.name, real)
         lines.append(f"![{comparison.name}]({picture.name})")
     replace_text(path.with_suffix(".md"), "\n\n".join(line.strip() for line in lines if line) + "\n")
