@@ -29,7 +29,7 @@ class Figure(NamedTuple):
 FIGURES = {
     "parameters": Figure("parameters (M)", ".2f", factor=1e-6),
     "steps": Figure("steps", ".0f"),
-    "training_flops": Figure("training (TFLOP)", ".1f", factor=1e-12),
+    "training_flops": Figure("training (TFLOP)", ".3g", factor=1e-12),
     "val_loss": Figure("held-out loss", ".3f"),
     "fd": Figure("FD-EffLite0", ".1f"),
     "fd_classifier": Figure("FD-classifier", ".2f"),
