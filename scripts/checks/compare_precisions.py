@@ -69,13 +69,13 @@ def main() -> None:
             seconds = time.monotonic() - start
             if name == REFERENCE:
                 exact[seed] = indices, images
-            row = {"precision": name, "seed": seed, "images_per_second": config.num / seconds}
+            row = {"computed_in": name, "seed": seed, "images_per_second": config.num / seconds}
             row |= likeness(*exact[seed], indices, images) | judges.scores(images, np.array(labels))
             rows.append(row)
             print(row, flush=True)
     path = Path(config.json)
     evidence.store(path, {"threads": torch.get_num_threads(), "rows": rows})
-    table = evidence.table_of(rows, "precision", COLUMNS)
+    table = evidence.table_of(rows, "computed_in", COLUMNS)
     replace_text(path.with_suffix(".md"), table)
     print(table)
 
