@@ -290,7 +290,8 @@ def report(plan: Plan, path: Path, runs: list[Run], real: Run, missing: int) -> 
         if not any("failed" not in run for run in own):
             continue
         kind, amount = comparison.budget
-        lines += [f"## {comparison.name}", comparison.question, f"Budget of every row: {amount:g} {kind}."]
+        unit = "TFLOP of training" if kind == "teraflops" else kind
+        lines += [f"## {comparison.name}", comparison.question, f"Budget of every row: {amount:g} {unit}."]
         lines.append(tables.table_of_scores(runs, comparison.name, real))
         lines.append(tables.table_of_differences(runs, comparison.name, comparison.baseline))
         if comparison.fit_by:
@@ -331,7 +332,7 @@ def main() -> None:
     if failed:
         run = next(run for run in runs if run.directory in failed)
         raise ValueError(
-            f"{len(failed)} runs have failed, such as {run.row}, seed {run.seed}: {failed[run.directory]}: "
+            f"{len(failed)} of {len(runs)} runs failed, such as {run.row}, seed {run.seed}: {failed[run.directory]}: "
             "mend it, and give the same command again"
         )
 

@@ -3,8 +3,9 @@
 import pytest
 from commands import run_in_process, script
 from PIL import Image
-from toy_mixer import FAMILIES
+from toy_mixer import RunningMean
 
+from models.families import FAMILIES, Family
 from models.pyramid import Pyramid
 from models.ssm import SCANS
 from models.transformer import family_config
@@ -49,7 +50,8 @@ def test_what_is_chosen_otherwise_is_drawn_otherwise():
     assert set(draw_models.SCANNED) == set(SCANS)
 
 
-def test_a_kind_that_is_added_is_drawn_too(tmp_path):
+def test_a_kind_that_is_added_is_drawn_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "running-mean", Family("Running mean", "of no paper", (RunningMean,)))
     blocks = draw_models.kinds(PYRAMID)
     (mixer, _) = blocks["running-mean"]
     assert (mixer.says, mixer.state) == (("runningmean",), ("total",))
