@@ -206,8 +206,8 @@ class Attention(nn.Module):
         assert not (history and windowed_scales), "a window limits attention inside a scale"
         self.pyramid = pyramid
         self.heads = heads
-        self.history = self.carries_state = history
         self.attended_scales = (attended_scales or pyramid.num_scales) if history else 1
+        self.history = self.carries_state = self.attended_scales > 1
         self.normalize = normalize
         self.window = window
         self.qkv = LinearOfOtherBias(width, 3 * width, bias=False)

@@ -295,6 +295,7 @@ def test_one_attended_scale_is_the_own_one(inputs):
         assert_near(model(LABELS, inputs.float()), inside(LABELS, inputs.float()), 1e-5)
     counts = [m.blocks[0].mixers[0].attention_multiply_adds for m in (model, inside)]
     assert counts[0] == counts[1]
+    assert model.scales_are_independent  # nothing is carried that is not looked at
 
 
 def test_a_scan_within_scales_leaves_them_independent():
