@@ -70,27 +70,21 @@ class MixerConfig:
     scan: str = "across"
 
 
-def _attention_over_all(config: MixerConfig) -> Mixer:
+def _attention(config: MixerConfig, history: bool) -> Mixer:
     return Attention(
         config.width,
         config.heads,
         config.pyramid,
-        history=True,
+        history,
         normalize=config.normalize_attention,
+        window=config.window,
+        windowed_scales=config.windowed_scales,
         attended_scales=config.attended_scales,
     )
 
 
-def _attention_inside(config: MixerConfig) -> Mixer:
-    return Attention(
-        config.width,
-        config.heads,
-        config.pyramid,
-        history=False,
-        normalize=config.normalize_attention,
-        window=config.window,
-        windowed_scales=config.windowed_scales,
-    )
+_attention_over_all = functools.partial(_attention, history=True)
+_attention_inside = functools.partial(_attention, history=False)
 
 
 def _mamba(config: MixerConfig) -> Mixer:

@@ -284,7 +284,7 @@ def draw_flow(path: Path, tokenizer: TokenizerConfig) -> None:
         (TRANSFORMER + 0.9, 3.14),
         (TRANSFORMER + 0.9, third + 0.2),
     )
-    sheet.arrow(*loop[:3], (loop[3][0], loop[3][1]), (TRANSFORMER + WIDTH / 2, third + 0.2))
+    sheet.arrow(*loop, (TRANSFORMER + WIDTH / 2, third + 0.2))
     sheet.text(TRANSFORMER + 0.98, 3.2, "state of the scales so far", 8.5, ha="left", color=GREY)
 
     sheet.box(LAST, fourth, WIDTH, 0.62, "white", ("tokens", "map of scale k"), 8.5)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from models.generate import generate, state_bytes
-from models.transformer import ScaleTransformer
+from models.transformer import TransformerConfig
 from utils import cli, evidence
 from utils.checkpoint import load_tokenizer, load_transformer
 from utils.cli import argument, flag
@@ -245,34 +245,31 @@ def complete_all(runs: Sequence[PlannedRun], one: Callable[[PlannedRun, Place], 
     return failed
 
 
-def costs(runs: Sequence[PlannedRun], tokens: Tokens) -> dict[tuple[str, str], Run]:
-    """By comparison and row: parameters, state and sampling time, rows in turn so that what else runs meets all of them alike.
+def costs(runs: Sequence[PlannedRun], tokens: Tokens) -> dict[TransformerConfig, Run]:
+    """Parameters, state and sampling time of each kind and size, in turn, so that what else runs meets all of them alike.
 
     Sampling is that of a batch of 16 with guidance, everything included, in float32, over the images; state that of one image.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(tokens.source).to(device)
-    models: dict[Path, ScaleTransformer] = {}
-    for run in runs:  # one of each shape and kind
-        if run.scores.exists() and run.model not in {model.config for model in models.values()}:
-            models[run.directory] = load_transformer(run.directory).to(device)
+    tokenizer = tokens.tokenizer.to(device)
+    directories = {run.model: run.directory for run in runs}  # one of each shape and kind
+    models = {config: load_transformer(directory).to(device) for config, directory in directories.items()}
     labels = torch.arange(SAMPLED_AT_ONCE, device=device) % tokens.num_classes
-    seconds: dict[Path, list[float]] = {directory: [] for directory in models}
+    seconds: dict[TransformerConfig, list[float]] = {config: [] for config in models}
     for repeat in range(REPEATS + 1):  # the first warms up
-        for directory, model in models.items():
+        for config, model in models.items():
             start = time.perf_counter()
             generate(model, tokenizer, labels, top_k=0).images.sum().item()  # waits for the device
             if repeat:
-                seconds[directory].append((time.perf_counter() - start) / SAMPLED_AT_ONCE)
-    by_config = {
-        model.config: {
+                seconds[config].append((time.perf_counter() - start) / SAMPLED_AT_ONCE)
+    return {
+        config: {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "state_bytes": state_bytes(model, 2),
-            "sampling_seconds": median(seconds[directory]),
+            "sampling_seconds": median(seconds[config]),
         }
-        for directory, model in models.items()
+        for config, model in models.items()
     }
-    return {(run.comparison, run.row): by_config[run.model] for run in runs if run.model in by_config}
 
 
 def report(plan: Plan, path: Path, runs: list[Run], real: Run, missing: int) -> None:
@@ -322,8 +319,8 @@ def main() -> None:
             stopped = stop
     there = [run for run in runs if run.scores.exists()]
     if there:
-        of_row = costs(there, tokens)
-        told = [figures_of(run) | of_row[run.comparison, run.row] for run in there]
+        by_model = costs(there, tokens)
+        told = [figures_of(run) | by_model[run.model] for run in there]
         told += [told_of(run) | {"failed": failed[run.directory]} for run in runs if run.directory in failed]
         report(plan, path, told, scores.of_real(), len(runs) - len(told))
         print(f"{path}.md: {len(there)} of {len(runs)} runs")

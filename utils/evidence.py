@@ -48,6 +48,13 @@ def with_spread(values: Sequence[float], form: str) -> str:
     return f"{mean(values):{form}}{spread}" if values else ""
 
 
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table whose first line is its head."""
+    head, *body = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    first, *others = [f"| {' | '.join(line)} |" for line in (head, *body)]
+    return "\n".join([first, "|---" * len(head) + "|", *others]) + "\n"
+
+
 def store(path: Path, figures: dict) -> None:
     """Write the figures with their circumstances as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,11 +73,11 @@ def over_seeds(key: str, form: str) -> Callable[[list[dict]], str]:
 
 def table_of(runs: list[dict], row: str, columns: Columns) -> str:
     """Markdown: a line for each value that runs have under the key `row`, in the order of the first of them."""
-    lines = [f"| {' | '.join(['', *columns])} |", "|---" * (1 + len(columns)) + "|"]
+    lines = [["", *columns]]
     for name in dict.fromkeys(run[row] for run in runs):
         own = [run for run in runs if run[row] == name]
-        lines.append(f"| {' | '.join([name, *(cell(own) for cell in columns.values())])} |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, *(cell(own) for cell in columns.values())])
+    return markdown(lines)
 
 
 @dataclass(frozen=True)

@@ -192,13 +192,14 @@ class TrainConfig:
     def _check_kinds(self, kinds: list[Family]) -> None:
         """What is said of a mixer that no block has would say nothing."""
         self._check_at_least("attended_scales", 0)
-        for name, applies, others in (
-            ("window", any(kind.windows for kind in kinds), "no windows"),
-            ("attended_scales", any(kind.traits.has_history for kind in kinds), "no attention to earlier scales"),
-            ("scan", any(kind.traits.has_mamba for kind in kinds), "no Mamba"),
+        for name, applies, lack in (
+            ("window", lambda kind: kind.windows, "no windows"),
+            ("attended_scales", lambda kind: kind.traits.has_history, "no attention to earlier scales"),
+            ("scan", lambda kind: kind.traits.has_mamba, "no Mamba"),
         ):
-            if not applies and getattr(self, name) != getattr(TrainConfig, name):
-                raise ValueError(f"--{name}={getattr(self, name)}: family {self.family} has {others}: leave it out")
+            value = getattr(self, name)
+            if value != getattr(TrainConfig, name) and not any(map(applies, kinds)):
+                raise ValueError(f"--{name}={value}: family {self.family} has {lack}: leave it out")
 
     def _check_adapters(self) -> None:
         if self.lora < 0 or self.lora_alpha < 0:

@@ -4,6 +4,7 @@ A run lies in a directory whose name ends in a hash of all that decides it, so t
 plans, is trained once.
 """
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from utils.runs.log import read_metrics
 from utils.studies.plan import Comparison, Flags, Plan
 from utils.studies.tables import Run
 
+operations = functools.cache(training_flops)  # a second or two for each model, of which many runs have the same
 VALIDATIONS = 5  # of a run, for its curve
 STEPS_BETWEEN = 100  # validations of a run whose steps are not known
 ENDLESS = 10_000_000  # steps, where minutes are the budget
@@ -119,7 +121,7 @@ def budget_words(comparison: Comparison, flags: Flags, model: TransformerConfig)
     steps = int(amount)
     if kind == "teraflops":
         batch = flags.get("bs", TrainConfig.bs)
-        steps = max(round(amount * 1e12 / (training_flops(model) * batch)), 1)
+        steps = max(round(amount * 1e12 / (operations(model) * batch)), 1)
     every = max(steps // VALIDATIONS, 1)
     return [f"--max_steps={steps}", f"--val_every={every}", f"--save_every={every}"]
 
@@ -134,7 +136,7 @@ def figures_of(run: PlannedRun) -> Run:
     return {
         **told_of(run),
         "steps": steps,
-        "training_flops": training_flops(run.model) * batch * steps,
+        "training_flops": operations(run.model) * batch * steps,
         "val_loss": curve[-1][1],
         **json.loads(run.scores.read_text()),
         "images_per_second": speed,

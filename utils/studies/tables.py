@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from utils.evidence import with_spread
+from utils.evidence import markdown, with_spread
 
 LEVEL = 0.05
 Run = dict[str, Any]
@@ -139,12 +139,6 @@ def power_law(sizes: Sequence[float], losses: Sequence[float]) -> Fit | None:
 # --- as text ------------------------------------------------------------------------------------------------------------
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table whose first line is its head."""
-    head, *body = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)) + "\n"
-
-
 def cell(runs: Sequence[Run], key: str) -> str:
     values = [run[key] * FIGURES[key].factor for run in runs if run.get(key) is not None]
     if len(set(values)) == 1:  # of what seeds do not change
@@ -168,13 +162,14 @@ def table_of_scores(runs: Sequence[Run], comparison: str, real: Run) -> str:
 
 def table_of_differences(runs: Sequence[Run], comparison: str, baseline: str) -> str:
     """A line for each row but the baseline; empty where there is no other."""
-    keys = [key for key in TESTED if differences(runs, comparison, baseline, key)]
-    by_key = {key: differences(runs, comparison, baseline, key) for key in keys}
+    by_key = {key: found for key in TESTED if (found := differences(runs, comparison, baseline, key))}
     rows = dict.fromkeys(row for found in by_key.values() for row in found)
     if not rows:
         return ""
-    lines = [[f"less {baseline}", *(FIGURES[key].title for key in keys)]]
-    lines += [[row, *(shown(by_key[key][row], FIGURES[key]) if row in by_key[key] else "" for key in keys)] for row in rows]
+    lines = [[f"less {baseline}", *(FIGURES[key].title for key in by_key)]]
+    lines += [
+        [row, *(shown(found[row], FIGURES[key]) if row in found else "" for key, found in by_key.items())] for row in rows
+    ]
     return markdown(lines)
 
 
