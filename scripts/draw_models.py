@@ -4,6 +4,7 @@ What is in a block is asked of its mixers, and what sizes there are of the pyram
 than the code does. --out gets block.png and flow.png.
 """
 
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from PIL import Image
 
 from models.attention import Attention
 from models.families import FAMILIES, Mixer, part_name
@@ -31,6 +33,7 @@ COLOURS = {"attention": "#cfe1f5", "mamba": "#d5ecd0", "feed-forward": "#ece6dc"
 OTHER = "#e6d9ee"  # of mixers that are not known here
 TOKENIZER, MODEL, DRAWN = "#e6dcf0", "#cfe1f5", "#fbe7bf"
 DOTS_PER_INCH = 120
+NUM_COLOURS = 64
 
 
 @dataclass(frozen=True)
@@ -156,8 +159,10 @@ class Sheet:
                 self.line(*((corner[0] + a, corner[1] + b) for a, b in ends), linewidth=0.35)
 
     def save(self, path: Path) -> None:
-        # without the version of matplotlib, so that the same picture is the same file
-        self.figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
+        """With a palette, as there are few colours: a third of the size, and no version of matplotlib in the file."""
+        drawn = io.BytesIO()
+        self.figure.savefig(drawn, dpi=DOTS_PER_INCH, format="png")
+        Image.open(drawn).convert("RGB").quantize(NUM_COLOURS).save(path, optimize=True)
 
 
 # --- the pictures -------------------------------------------------------------------------------------------------------

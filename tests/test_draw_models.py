@@ -3,9 +3,9 @@
 import pytest
 from commands import run_in_process, script
 from PIL import Image
-from toy_mixer import RunningMean
+from toy_mixer import FAMILY, KIND
 
-from models.families import FAMILIES, Family
+from models.families import FAMILIES
 from models.pyramid import Pyramid
 from models.ssm import SCANS
 from models.transformer import family_config
@@ -51,9 +51,9 @@ def test_what_is_chosen_otherwise_is_drawn_otherwise():
 
 
 def test_a_kind_that_is_added_is_drawn_too(tmp_path, monkeypatch):
-    monkeypatch.setitem(FAMILIES, "running-mean", Family("Running mean", "of no paper", (RunningMean,)))
+    monkeypatch.setitem(FAMILIES, FAMILY, KIND)
     blocks = draw_models.kinds(PYRAMID)
-    (mixer, _) = blocks["running-mean"]
+    (mixer, _) = blocks[FAMILY]
     assert (mixer.says, mixer.state) == (("runningmean",), ("total",))
     draw_models.draw_block(tmp_path / "block.png", blocks)
     with Image.open(tmp_path / "block.png") as picture:

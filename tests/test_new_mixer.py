@@ -9,7 +9,7 @@ from commands import SMALL, assert_same_training, run_in_process, script
 from forked import run_forked
 from safetensors.torch import load_file
 from small_models import CODE_DIM, NUM_CLASSES, seeded, small_tokenizer, small_transformer
-from toy_mixer import FAMILIES, RunningMean
+from toy_mixer import FAMILIES, FAMILY, KIND, RunningMean
 
 import train
 from models.generate import generate
@@ -21,13 +21,12 @@ from utils.runs.config import TrainConfig
 from utils.runs.flops import training_flops
 from utils.runs.log import read_repeatable_metrics
 
-FAMILY = "running-mean"
-KIND = FAMILIES.pop(FAMILY)  # in the table while these tests run, so that others do not take it for one of ours
 LEARN = ["--family", FAMILY, "--tblr=0.05", "--alng=0.1", "--wp=0.1", "--save_every=2", "--drop_path=0.3", "--val_every=2"]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def in_the_table():
+    """While these tests run only, so that others do not take it for one of ours."""
     FAMILIES[FAMILY] = KIND
     yield
     FAMILIES.pop(FAMILY)

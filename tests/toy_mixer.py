@@ -41,9 +41,11 @@ class RunningMean(nn.Module):
         return self.proj(torch.cat(means, dim=1).to(x.dtype)), MeanState(total)
 
 
-FAMILIES["running-mean"] = Family("Running mean", "the mean of all scales so far, of no paper", (RunningMean,))
+FAMILY = "running-mean"
+KIND = Family("Running mean", "the mean of all scales so far, of no paper", (RunningMean,))
 
 if __name__ == "__main__":
+    FAMILIES[FAMILY] = KIND
     import train
     from utils import cli
 
