@@ -30,6 +30,7 @@ from utils.data.images import Images, read_folders
 from utils.data.token_cache import TokenCache
 from utils.files import check_folder
 from utils.metrics.judges import Judges, decoded
+from utils.processes import shell_words
 from utils.runs.log import read_metrics
 
 NUM_SAMPLES = 1000
@@ -69,10 +70,10 @@ def precision() -> int:
 
 
 def run(title: str, *command: str | Path) -> None:
-    """Run a command of this repository from its root; its output is shown, its failure ends the demo."""
+    """Run a command of this repository; its output is shown, its failure ends the demo."""
     words = [str(word) for word in command]
     print(f"\n--- {title}\n    python {' '.join(words)}", flush=True)
-    status = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
+    status = subprocess.run(shell_words(*words), check=False).returncode
     if status:
         raise ValueError(f"{words[0]} ended with exit code {status}: see its message above")
 
@@ -88,8 +89,8 @@ def run_together(title: str, commands: dict[str, tuple[str | Path, ...]]) -> Non
     for name, command in commands.items():
         words = [str(word) for word in command]
         print(f"    python {' '.join(words)}", flush=True)
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
-        process = subprocess.Popen([sys.executable, *words], env=os.environ | {"OMP_NUM_THREADS": str(threads)}, **options)
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(shell_words(*words), env=os.environ | {"OMP_NUM_THREADS": str(threads)}, **options)
         processes[name] = process
         readers.append(threading.Thread(target=show, args=(name, process.stdout)))
         readers[-1].start()

@@ -29,21 +29,23 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from models.generate import generate, state_bytes
+from models.tokenizer import VQVAE
 from models.transformer import TransformerConfig
 from utils import cli, evidence
 from utils.checkpoint import load_tokenizer, load_transformer
 from utils.cli import argument, flag
 from utils.data.fashion_mnist import export_fashion_mnist
-from utils.data.images import read_folders
+from utils.data.images import listing_hash, read_folders
 from utils.data.token_cache import fingerprint
 from utils.files import check_folder, locked, replace_text
 from utils.metrics.judges import Judges
 from utils.processes import begin
 from utils.runs.log import clock
+from utils.runs.tokenizer_config import TokenizerTraining
 from utils.signals import Stopped, StopRequest, check_stopped
 from utils.studies import figures, tables
-from utils.studies.plan import EMBEDDED, Plan, read_plan
-from utils.studies.runs import PlannedRun, Tokens, figures_of, key_of, planned, told_of, words_of
+from utils.studies.plan import EMBEDDED, NOWHERE, Plan, read_plan
+from utils.studies.runs import PlannedRun, Tokens, check_rows, figures_of, key_of, planned, told_of, words_of
 from utils.studies.tables import Run
 
 SAMPLED_AT_ONCE = 16  # images of a timed batch
@@ -116,7 +118,10 @@ def wait_until_left(directory: Path) -> None:
 
 
 def prepare(plan: Plan, out: Path, place: Place) -> tuple[Path, Tokens]:
-    """The images, and a tokenizer with a cache of their tokens, made where they are not there."""
+    """The images, and a tokenizer with a cache of their tokens, made where they are not there.
+
+    FileNotFoundError or ValueError, before anything is trained, for data that are not there and rows that fit no transformer.
+    """
     images = out / "images" if plan.data == EMBEDDED else Path(plan.data)
     if plan.data == EMBEDDED:
         export_fashion_mnist(images)
@@ -124,10 +129,14 @@ def prepare(plan: Plan, out: Path, place: Place) -> tuple[Path, Tokens]:
         raise FileNotFoundError(
             f"data = {plan.data!r}: not there: {plan.data_from or 'put a folder with train/ and val/ there'}"
         )
+    files = read_folders(images)
+    data, num_classes = plan.data if plan.data == EMBEDDED else listing_hash(*files), len(files[0].class_names)
     if "source" in plan.tokenizer:
         source = plan.tokenizer["source"]
     else:
-        run = out / "tokenizers" / key_of(plan.tokenizer, plan.data)
+        with torch.device("meta"):  # its sizes alone
+            check_rows(plan, VQVAE(TokenizerTraining(**NOWHERE, **plan.tokenizer).sizes()), num_classes)
+        run = out / "tokenizers" / key_of(plan.tokenizer, data)
         if not (done := run.with_suffix(".done")).exists():
             print(f"tokenizer: {run}", flush=True)
             wait_until_left(run)
@@ -136,7 +145,8 @@ def prepare(plan: Plan, out: Path, place: Place) -> tuple[Path, Tokens]:
             done.touch()
         source = str(run)
     tokenizer = load_tokenizer(source)
-    key = key_of(fingerprint(tokenizer), plan.data)
+    check_rows(plan, tokenizer, num_classes)
+    key = key_of(fingerprint(tokenizer), data)
     cache = out / "tokens" / key
     if not (cache / "manifest.json").exists():
         print(f"tokens: {cache}", flush=True)
@@ -146,7 +156,7 @@ def prepare(plan: Plan, out: Path, place: Place) -> tuple[Path, Tokens]:
             cache.with_suffix(".log"),
             place,
         )
-    return images, Tokens(cache, source, tokenizer, len(read_folders(images)[0].class_names), key)
+    return images, Tokens(cache, source, tokenizer, num_classes, key)
 
 
 class Judged:

@@ -85,6 +85,16 @@ def test_wrong_and_missing_words_get_one_line(words, message, capsys):
     assert errors.count("\n") == 1
 
 
+@pytest.mark.parametrize("size", ["[0] * 10**18", "torch.empty(10**18)"], ids=["of Python", "of torch"])
+def test_a_lack_of_memory_gets_one_line(size):
+    program = f"import torch\nfrom utils import cli\ncli.run(lambda: {size})"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "error: out of memory (" in result.stderr
+    assert result.stderr.endswith(": give smaller batches or a smaller model\n")
+    assert result.stderr.count("\n") == 1
+
+
 def test_the_traceback_can_be_asked_for(tmp_path):
     program = "from utils import cli\ndef main(): raise ValueError('wrong\\nhere')\ncli.run(main)"
     shown = {}

@@ -11,7 +11,7 @@ from small_models import small_tokenizer
 from utils.runs.flops import training_flops
 from utils.studies.figures import draw
 from utils.studies.plan import read_plan
-from utils.studies.runs import Tokens, planned
+from utils.studies.runs import Tokens, check_rows, planned
 from utils.studies.tables import (
     as_csv,
     differences,
@@ -108,6 +108,12 @@ def test_a_grid_has_all_combinations_as_rows(tmp_path):
     (comparison,) = plan_of(tmp_path, HEAD + grid).comparisons
     assert list(comparison.rows) == [f"family={family} depth={depth}" for family in ("var", "mvar") for depth in (1, 2)]
     assert comparison.baseline == "family=var depth=1"
+
+
+def test_a_row_that_fits_no_transformer_is_told_before_anything_runs(tmp_path):
+    plan = plan_of(tmp_path, HEAD + BODY.replace('"mvar" }', '"mvar", width = 80 }'))
+    with pytest.raises(ValueError, match="comparison 'some', row 'M-VAR': width 80 .* head size"):
+        check_rows(plan, small_tokenizer(), 5)
 
 
 def test_the_same_run_is_trained_once_whatever_asks_for_it(tmp_path):

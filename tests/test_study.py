@@ -25,7 +25,8 @@ sampling = {{ batch = 16 }}
 name = "some steps"
 steps = 4
 rows.VAR = {{ family = "var" }}
-rows.impossible = {{ family = "mvar", width = 80 }}
+rows.impossible = {{ family = "var", init_from = "nowhere" }}
+rows."M-VAR" = {{ family = "mvar" }}
 """
 
 
@@ -54,16 +55,16 @@ def test_a_study_is_stopped_and_gone_on_with(tmp_path):
     assert len(first) == 1
     assert "Not complete" in (tmp_path / "results" / "plan.md").read_text()
 
-    result = run_forked(*study(tmp_path))
+    result = run_forked("scripts/study.py", "plan.toml", "--out=out", "--results=results", cwd=tmp_path)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("study.py: error: 1 of 2 runs failed, such as impossible, seed 0: train.py ended with exit code 1")
-    assert "no multiple of the Mamba head size" in last
-    assert scores(tmp_path) == first
+    assert last.startswith("study.py: error: 1 of 3 runs failed, such as impossible, seed 0: train.py ended with exit code 1")
+    assert "nowhere" in last
+    assert first.items() < scores(tmp_path).items()
 
     stored = json.loads((tmp_path / "results" / "plan.json").read_text())
     runs = [run for run in stored["runs"] if "failed" not in run]
-    assert [(run["row"], run["seed"]) for run in runs] == [("VAR", 0)]
+    assert [(run["row"], run["seed"]) for run in runs] == [("VAR", 0), ("M-VAR", 0)]
     for run in runs:
         assert run["steps"] == 4
         assert [step for step, _ in run["curve"]] == [1, 2, 3, 4]
@@ -74,7 +75,7 @@ def test_a_study_is_stopped_and_gone_on_with(tmp_path):
     assert "| impossible | 0, 1 failed |" in table
     assert "failed: impossible, seed 0: train.py ended with exit code 1" in table
     assert (tmp_path / "results" / "plan_some_steps.png").exists()
-    assert len((tmp_path / "results" / "plan.csv").read_text().splitlines()) == 1 + 2
+    assert len((tmp_path / "results" / "plan.csv").read_text().splitlines()) == 1 + 3
 
 
 @pytest.mark.parametrize(

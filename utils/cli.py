@@ -118,11 +118,20 @@ def complain(program: str, message: str) -> None:
 
 def lost_worker(error: Exception) -> OSError:
     """What torch says of a process that loads data and has ended, in one line with the mend."""
-    reason = " ".join(str(error).split())[:200]
     return OSError(
-        f"a process that loads images has ended ({reason}): see that there is memory enough, and files enough may be open "
-        "(ulimit -n), or give fewer --workers"
+        f"a process that loads images has ended ({_in_short(error)}): see that there is memory enough, and files enough may be "
+        "open (ulimit -n), or give fewer --workers"
     )
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether there was none left: Python's, a CPU's or a GPU's, for which torch has no error in common."""
+    by_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and by_torch)
+
+
+def _in_short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -136,6 +145,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     except Exception as error:
         if isinstance(error, RuntimeError) and str(error).startswith(LOST_WORKER):  # raised wherever it is noticed
             error = lost_worker(error)
+        if lacks_memory(error):
+            error = OSError(f"out of memory ({_in_short(error)}): give smaller batches or a smaller model")
         if isinstance(error, (ValueError, OSError, FloatingPointError)) and os.environ.get("MVAR_TRACEBACK") != "1":
             complain(os.path.basename(sys.argv[0]), str(error))
         elif is_one_of_many:

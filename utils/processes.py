@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def shell_words(*words: str | Path | int, ranks: int = 1) -> list[str]:
-    """`python words...`, or the same under torchrun."""
+    """`python words...`, or the same under torchrun; the first word is a file of this repository."""
     python = [sys.executable]
     if ranks > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*python, *map(str, words)]
+    return [*python, str(ROOT / words[0]), *map(str, words[1:])]
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -32,21 +32,22 @@ def environment(**variables: str) -> dict[str, str]:
 def begin(
     *words: str | Path | int, ranks: int = 1, output: Path | None = None, variables: dict[str, str] | None = None
 ) -> subprocess.Popen:
-    """Start a command from the root of the repository; what it prints is shown, or goes into the file `output`.
+    """Start a command; what it prints is shown, or goes into the file `output`.
 
-    variables: of its environment, beside ours. It gets SIGTERM where this process ends before it, however that ends (on Linux).
+    Paths among its words are relative to where this process is. variables: of its environment, beside ours. It gets SIGTERM
+    where this process ends before it, however that ends (on Linux).
     """
     command = [sys.executable, "-c", ENDS_WITH_PARENT, *shell_words(*words, ranks=ranks)]
     env = environment(**(variables or {}))
     if output is None:
-        return subprocess.Popen(command, cwd=ROOT, env=env)
+        return subprocess.Popen(command, env=env)
     with open(output, "w") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
 
 
 def run(*words: str | Path | int, ranks: int = 1) -> None:
     """Start a command and wait for its end; ValueError where it fails."""
-    code = subprocess.run(shell_words(*words, ranks=ranks), cwd=ROOT, env=environment(), check=False).returncode
+    code = subprocess.run(shell_words(*words, ranks=ranks), env=environment(), check=False).returncode
     if code:
         raise ValueError(f"{words[0]} ended with exit code {code}: see its message above")
 

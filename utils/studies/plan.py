@@ -40,6 +40,7 @@ OF_TRAINING = ("data_path", "token_cache", "vae", "seed", "max_steps", "max_minu
 OF_TRAINING += ("local_out_dir_path", "val_fd", "val_samples")
 OF_TOKENIZER = ("data_path", "out", "save_every", "val_every")
 OF_SAMPLING = ("ckpt", "vae", "out", "num", "seed", "format", "overwrite", "classes", "history")
+NOWHERE = {"data_path": "DIR", "out": "DIR"}  # what flags of a tokenizer are checked with
 BUDGETS = ("steps", "minutes", "teraflops")
 
 
@@ -128,7 +129,7 @@ def _plan_of(name: str, contents: Flags) -> Plan:
         _check_type("source", tokenizer["source"], str)
     else:
         _check_flags(tokenizer, TokenizerTraining, OF_TOKENIZER, "tokenizer")
-        _built(lambda: TokenizerTraining(**{"data_path": "DIR", "out": "DIR"} | tokenizer), "tokenizer")
+        _built(lambda: TokenizerTraining(**NOWHERE, **tokenizer), "tokenizer")
     kinds = _kinds_of(SampleConfig)
     for key, value in contents["sampling"].items():  # numbers that sample.py reads as texts, as it takes several
         if kinds.get(key) is str and type(value) in (int, float):

@@ -72,18 +72,29 @@ class PlannedRun:
         return self.directory.with_name(f"{self.directory.name}-{command}.log")
 
 
+def check_rows(plan: Plan, tokenizer: VQVAE, num_classes: int) -> None:
+    """ValueError where the flags of a row fit no transformer for the tokenizer, of which only the sizes count."""
+    for comparison in plan.comparisons:
+        for row in comparison.rows:
+            try:
+                operations(_model_of(plan.flags_of(comparison, row), tokenizer, num_classes))  # which builds it from shapes
+            except ValueError as error:
+                raise ValueError(f"comparison {comparison.name!r}, row {row!r}: {error}") from error
+
+
+def _model_of(flags: Flags, tokenizer: VQVAE, num_classes: int) -> TransformerConfig:
+    return TrainConfig(**flags).transformer_config(tokenizer, num_classes)
+
+
 def planned(plan: Plan, tokens: Tokens, out: Path) -> list[PlannedRun]:
-    """All runs of all rows, a seed of every row before the next seed. ValueError where a row's flags fit no transformer."""
+    """All runs of all rows, a seed of every row before the next seed."""
     drawing = ["--format=npz", f"--num={plan.samples}", *words_of(plan.sampling)]
     runs = []
     for seed in range(plan.seeds):
         for comparison in plan.comparisons:
             for row in comparison.rows:
                 flags = plan.flags_of(comparison, row)
-                try:
-                    model = TrainConfig(**flags).transformer_config(tokens.tokenizer, tokens.num_classes)
-                except ValueError as error:
-                    raise ValueError(f"comparison {comparison.name!r}, row {row!r}: {error}") from error
+                model = _model_of(flags, tokens.tokenizer, tokens.num_classes)
                 budget = budget_words(comparison, flags, model)
                 words = (*words_of(flags), *budget, f"--seed={seed}", "--keep=1", "--val_samples=0")
                 name = f"{flags.get('family', TrainConfig.family)}-d{model.depth}-w{model.width}-seed{seed}"
