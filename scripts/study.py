@@ -301,12 +301,15 @@ def report(plan: Plan, path: Path, runs: list[Run], real: Run, missing: int) -> 
         lines += [f"## {comparison.name}", comparison.question, f"Budget of every row: {amount:g} {unit}."]
         lines.append(tables.table_of_scores(runs, comparison.name, real))
         lines.append(tables.table_of_differences(runs, comparison.name, comparison.baseline))
-        if comparison.fit_by:
-            lines.append(tables.table_of_fits(runs, comparison.name, comparison.fit_by))
         lines += [f"failed: {run['row']}, seed {run['seed']}: {run['failed']}" for run in own if "failed" in run]
         picture = path.with_name("_".join([path.name, *re.findall(r"\w+", comparison.name)]) + ".png")
         figures.draw(picture, runs, comparison.name, real)
         lines.append(f"![{comparison.name}]({picture.name})")
+        if comparison.fit_by and (table := tables.table_of_fits(runs, comparison.name, comparison.fit_by)):
+            lines.append(table)
+            fitted = picture.with_stem(f"{picture.stem}_fitted")
+            figures.draw_fits(fitted, runs, comparison.name, comparison.fit_by)
+            lines.append(f"![{comparison.name}, fitted]({fitted.name})")
     replace_text(path.with_suffix(".md"), "\n\n".join(line.strip() for line in lines if line) + "\n")
 
 
@@ -318,7 +321,7 @@ def main() -> None:
     check_folder(config.results, "--results")
     where = places(config.jobs)
     with locked(out), StopRequest():
-        images, tokens = prepare(plan, out, where[0])
+        images, tokens = prepare(plan, out, places(1)[0])  # nothing runs beside it
         runs = planned(plan, tokens, out)
         pixels = tokens.tokenizer.config.image_shape[0]
         scores = Referred(plan.reference) if plan.reference else Judged(images, pixels, plan.samples)

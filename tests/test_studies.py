@@ -9,7 +9,7 @@ from commands import ROOT
 from small_models import small_tokenizer
 
 from utils.runs.flops import training_flops
-from utils.studies.figures import draw
+from utils.studies.figures import draw, draw_fits
 from utils.studies.plan import read_plan
 from utils.studies.runs import Tokens, check_rows, planned
 from utils.studies.tables import (
@@ -221,6 +221,9 @@ def test_a_power_law_is_found_again():
     assert "| VAR | parameters | 0.0700 ± 0.0000 | 1.00 | 4 |" in table_of_fits(runs, "some", "family")
 
 
-def test_the_picture_is_drawn(tmp_path):
+def test_the_pictures_are_drawn(tmp_path):
     draw(tmp_path / "some.png", [*RUNS, FAILED], "some", {"fd": 1.5})
     assert (tmp_path / "some.png").stat().st_size > 10_000
+    sizes = [made_up(row, 0, 9 * size**-0.07, parameters=size) for row in ("VAR", "M-VAR") for size in (1e5, 1e6, 1e7)]
+    draw_fits(tmp_path / "fitted.png", sizes, "some", "family")
+    assert (tmp_path / "fitted.png").stat().st_size > 10_000

@@ -1,10 +1,10 @@
-"""Pictures of a study: held-out loss over steps, operations and seconds, and scores by row with every seed."""
+"""Pictures of a study: held-out loss over steps, operations and seconds, scores by row with every seed, and laws of size."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from utils.studies.tables import FIGURES, Run, finished
+from utils.studies.tables import FIGURES, FITTED_OVER, Run, finished, fits
 
 SHOWN = ("val_loss", "fd", "recognised", "fid", "is")  # scores by row, the first three that there are
 
@@ -43,5 +43,33 @@ def draw(path: Path, runs: Sequence[Run], comparison: str, real: Run) -> None:
         axis.set_yticks(range(len(rows)), rows)
         axis.set(title=f"{FIGURES[key].title}, every seed, mean ± deviation", ylim=(len(rows) - 0.5, -0.5))
         axis.grid(alpha=0.3, axis="x")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
+def draw_fits(path: Path, runs: Sequence[Run], comparison: str, fit_by: str) -> None:
+    """Held-out loss over parameters and over operations, each run a dot, both axes logarithmic, with the fitted power laws."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5))
+    axes = dict(zip(FITTED_OVER, figure.subplots(1, len(FITTED_OVER)), strict=True))
+    colours: dict[str, str] = {}
+    for value, key, group, fit in fits(runs, comparison, fit_by):
+        colour = colours.setdefault(value, f"C{len(colours) % 10}")
+        sizes = sorted({run[key] for run in group})
+        unit = FIGURES[key].factor
+        dots = [run[key] * unit for run in group], [run["val_loss"] for run in group]
+        law = [size * unit for size in sizes], [fit.factor * size**-fit.exponent for size in sizes]
+        axes[key].plot(*dots, "o", color=colour, alpha=0.5)
+        axes[key].plot(*law, color=colour, label=f"{value}: exponent {fit.exponent:.4f} ± {fit.error:.4f}")
+    for key, name in FITTED_OVER.items():
+        axes[key].set(title=f"held-out loss over {name}", xlabel=FIGURES[key].title, ylabel="nats per token")
+        axes[key].set(xscale="log", yscale="log")
+        for scale in (axes[key].xaxis, axes[key].yaxis):
+            scale.set_major_formatter("{x:g}")
+            scale.set_minor_formatter("{x:g}")
+        axes[key].grid(alpha=0.3, which="both")
+        if axes[key].lines:
+            axes[key].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=80)

@@ -8,7 +8,7 @@ as are compared with one baseline. What is not below LEVEL is called not disting
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
@@ -126,6 +126,9 @@ class Fit(NamedTuple):
     points: int
 
 
+FITTED_OVER = {"parameters": "parameters", "training_flops": "training operations"}
+
+
 def power_law(sizes: Sequence[float], losses: Sequence[float]) -> Fit | None:
     """None of fewer than three different sizes, which say nothing of how well a line fits."""
     from scipy.stats import linregress
@@ -173,17 +176,25 @@ def table_of_differences(runs: Sequence[Run], comparison: str, baseline: str) ->
     return markdown(lines)
 
 
-def table_of_fits(runs: Sequence[Run], comparison: str, fit_by: str) -> str:
-    """How the held-out loss falls with parameters and with operations, for each value of a flag."""
+def fits(runs: Sequence[Run], comparison: str, fit_by: str) -> Iterator[tuple[str, str, list[Run], Fit]]:
+    """How the held-out loss falls with parameters and with operations, for each value of a flag that has three sizes.
+
+    Yields the value, what the loss is fitted over (a key of runs), the runs and their fit.
+    """
     own = [run for run in runs if run["comparison"] == comparison and "failed" not in run]
-    lines = [[fit_by, "loss over", "exponent", "R²", "runs"]]
     for value in dict.fromkeys(run["flags"][fit_by] for run in own):
         group = [run for run in own if run["flags"][fit_by] == value]
-        for key, name in (("parameters", "parameters"), ("training_flops", "training operations")):
+        for key in FITTED_OVER:
             fit = power_law([run[key] for run in group], [run["val_loss"] for run in group])
             if fit is not None:
-                figures = [f"{fit.exponent:.4f} ± {fit.error:.4f}", f"{fit.r_squared:.2f}", str(fit.points)]
-                lines.append([str(value), name, *figures])
+                yield str(value), key, group, fit
+
+
+def table_of_fits(runs: Sequence[Run], comparison: str, fit_by: str) -> str:
+    lines = [[fit_by, "loss over", "exponent", "R²", "runs"]]
+    for value, key, _, fit in fits(runs, comparison, fit_by):
+        figures = [f"{fit.exponent:.4f} ± {fit.error:.4f}", f"{fit.r_squared:.2f}", str(fit.points)]
+        lines.append([value, FITTED_OVER[key], *figures])
     return markdown(lines) if len(lines) > 1 else ""
 
 
