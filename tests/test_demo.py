@@ -57,16 +57,24 @@ def test_a_failing_step_ends_the_demo_with_its_name(demo, tmp_path, monkeypatch,
     assert "scripts/train_tokenizer.py ended with exit code 1" in errors
 
 
-def test_commands_side_by_side_are_told_apart(demo, capsys):
-    demo.run_together("two", {"one": ("-c", "print('first')"), "other": ("-c", "print('second')")})
+def command(path, text):
+    path.write_text(text)
+    return (path,)
+
+
+def test_commands_side_by_side_are_told_apart(demo, tmp_path, capsys):
+    one, other = command(tmp_path / "one.py", "print('first')"), command(tmp_path / "other.py", "print('second')")
+    demo.run_together("two", {"one": one, "other": other})
     lines = capsys.readouterr().out.splitlines()
     assert {"one | first", "other | second"} <= set(lines)
 
 
-def test_one_that_fails_stops_the_other(demo):
+def test_one_that_fails_stops_the_other(demo, tmp_path):
+    one = command(tmp_path / "one.py", "import time; time.sleep(60)")
+    other = command(tmp_path / "other.py", "raise SystemExit(3)")
     start = time.monotonic()
-    with pytest.raises(ValueError, match="-c ended with exit code 3: see its message above"):
-        demo.run_together("two", {"one": ("-c", "import time; time.sleep(60)"), "other": ("-c", "raise SystemExit(3)")})
+    with pytest.raises(ValueError, match="other.py ended with exit code 3: see its message above"):
+        demo.run_together("two", {"one": one, "other": other})
     assert time.monotonic() - start < 30
 
 
