@@ -174,7 +174,7 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     if config.token_cache and ranks.is_main:
         source.verify()
     torch.manual_seed(config.seed)
-    transformer = ScaleTransformer(config.transformer_config(tokenizer, len(source.class_names)))
+    transformer = ScaleTransformer(config.transformer_config(tokenizer.config, len(source.class_names)))
     std = None if config.ini < 0 else config.ini
     transformer.init_weights(config.alng, config.aln, config.hd, std, config.alng if config.alng_all else config.aln)
     of_start, base = start_from_(transformer, config, tokenizer, source.class_names, ranks)

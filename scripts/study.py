@@ -29,7 +29,6 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from models.generate import generate, state_bytes
-from models.tokenizer import VQVAE
 from models.transformer import TransformerConfig
 from utils import cli, evidence
 from utils.checkpoint import load_tokenizer, load_transformer
@@ -134,8 +133,8 @@ def prepare(plan: Plan, out: Path, place: Place) -> tuple[Path, Tokens]:
     if "source" in plan.tokenizer:
         source = plan.tokenizer["source"]
     else:
-        with torch.device("meta"):  # its sizes alone
-            check_rows(plan, VQVAE(TokenizerTraining(**NOWHERE, **plan.tokenizer).sizes()), num_classes)
+        if not plan.tokenizer.keys() & {"init_from", "refine"}:  # which would say the sizes
+            check_rows(plan, TokenizerTraining(**NOWHERE, **plan.tokenizer).sizes(), num_classes)
         run = out / "tokenizers" / key_of(plan.tokenizer, data)
         if not (done := run.with_suffix(".done")).exists():
             print(f"tokenizer: {run}", flush=True)
@@ -145,7 +144,7 @@ def prepare(plan: Plan, out: Path, place: Place) -> tuple[Path, Tokens]:
             done.touch()
         source = str(run)
     tokenizer = load_tokenizer(source)
-    check_rows(plan, tokenizer, num_classes)
+    check_rows(plan, tokenizer.config, num_classes)
     key = key_of(fingerprint(tokenizer), data)
     cache = out / "tokens" / key
     if not (cache / "manifest.json").exists():

@@ -113,7 +113,7 @@ def test_a_grid_has_all_combinations_as_rows(tmp_path):
 def test_a_row_that_fits_no_transformer_is_told_before_anything_runs(tmp_path):
     plan = plan_of(tmp_path, HEAD + BODY.replace('"mvar" }', '"mvar", width = 80 }'))
     with pytest.raises(ValueError, match="comparison 'some', row 'M-VAR': width 80 .* head size"):
-        check_rows(plan, small_tokenizer(), 5)
+        check_rows(plan, small_tokenizer().config, 5)
 
 
 def test_the_same_run_is_trained_once_whatever_asks_for_it(tmp_path):

@@ -27,7 +27,7 @@ def small_trainer(images, tokenizer, run, **changes) -> Trainer:
     config = TrainConfig(**{**defaults, "data_path": str(images), "local_out_dir_path": str(run), **changes})
     model = load_tokenizer(tokenizer)
     torch.manual_seed(0)
-    transformer = ScaleTransformer(config.transformer_config(model, 3))
+    transformer = ScaleTransformer(config.transformer_config(model.config, 3))
     transformer.init_weights(config.alng, config.aln, config.hd)
     data, ranks = train.build_data(config, model, read_folders(config.data_path)), Ranks(0, 1, torch.device("cpu"))
     return Trainer(

@@ -127,7 +127,7 @@ def build_trainer(config: TrainConfig, pyramid: Pyramid, device: torch.device) -
     """The trainer of train.py on random tokens; of the tokenizer only the quantizer matters, so its convolutions are small."""
     tokenizer = VQVAE(TokenizerConfig(sides=pyramid.sides, channels=32, multipliers=(1,), num_blocks=1))
     tokenizer.init_weights()
-    transformer = ScaleTransformer(config.transformer_config(tokenizer, NUM_CLASSES))
+    transformer = ScaleTransformer(config.transformer_config(tokenizer.config, NUM_CLASSES))
     transformer.init_weights(config.alng, config.aln, config.hd)
     data, ranks = RandomTokens(config.bs, pyramid, tokenizer.config.num_codes), Ranks(0, 1, device)
     task = NextScalePrediction(config, transformer, tokenizer, data, ranks)

@@ -11,7 +11,7 @@ from models.precision import PRECISIONS
 from models.pyramid import Pyramid
 from models.scan_backends import SCAN_BACKENDS
 from models.ssm import SCANS
-from models.tokenizer import VQVAE
+from models.tokenizer import TokenizerConfig
 from models.transformer import TransformerConfig, family_config
 from utils.cli import flag
 from utils.data.batches import worker_count
@@ -248,7 +248,7 @@ class TrainConfig:
             )
         return self.bs // (world * self.ac)
 
-    def transformer_config(self, tokenizer: VQVAE, num_classes: int) -> TransformerConfig:
+    def transformer_config(self, tokenizer: TokenizerConfig, num_classes: int) -> TransformerConfig:
         if not 0 <= self.global_blocks <= self.depth:
             raise ValueError(f"--global_blocks={self.global_blocks}: give 0 to {self.depth}, the depth")
         chosen = {"width": self.width, "heads": self.heads, "window_from": self.window_from}
@@ -262,8 +262,8 @@ class TrainConfig:
             tokenizer.pyramid.sides,
             num_classes,
             self.global_blocks,
-            num_codes=tokenizer.config.num_codes,
-            code_dim=tokenizer.config.code_dim,
+            num_codes=tokenizer.num_codes,
+            code_dim=tokenizer.code_dim,
             normalize_attention=self.anorm,
             shared_modulation=self.saln,
             **overrides,

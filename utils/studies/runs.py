@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from models.tokenizer import VQVAE
+from models.tokenizer import VQVAE, TokenizerConfig
 from models.transformer import TransformerConfig
 from utils.runs.config import TrainConfig
 from utils.runs.flops import training_flops
@@ -72,18 +72,15 @@ class PlannedRun:
         return self.directory.with_name(f"{self.directory.name}-{command}.log")
 
 
-def check_rows(plan: Plan, tokenizer: VQVAE, num_classes: int) -> None:
-    """ValueError where the flags of a row fit no transformer for the tokenizer, of which only the sizes count."""
+def check_rows(plan: Plan, tokenizer: TokenizerConfig, num_classes: int) -> None:
+    """ValueError where the flags of a row fit no transformer for such a tokenizer."""
     for comparison in plan.comparisons:
         for row in comparison.rows:
+            flags = plan.flags_of(comparison, row)
             try:
-                operations(_model_of(plan.flags_of(comparison, row), tokenizer, num_classes))  # which builds it from shapes
+                operations(TrainConfig(**flags).transformer_config(tokenizer, num_classes))  # which builds it from shapes
             except ValueError as error:
                 raise ValueError(f"comparison {comparison.name!r}, row {row!r}: {error}") from error
-
-
-def _model_of(flags: Flags, tokenizer: VQVAE, num_classes: int) -> TransformerConfig:
-    return TrainConfig(**flags).transformer_config(tokenizer, num_classes)
 
 
 def planned(plan: Plan, tokens: Tokens, out: Path) -> list[PlannedRun]:
@@ -94,7 +91,7 @@ def planned(plan: Plan, tokens: Tokens, out: Path) -> list[PlannedRun]:
         for comparison in plan.comparisons:
             for row in comparison.rows:
                 flags = plan.flags_of(comparison, row)
-                model = _model_of(flags, tokens.tokenizer, tokens.num_classes)
+                model = TrainConfig(**flags).transformer_config(tokens.tokenizer.config, tokens.num_classes)
                 budget = budget_words(comparison, flags, model)
                 words = (*words_of(flags), *budget, f"--seed={seed}", "--keep=1", "--val_samples=0")
                 name = f"{flags.get('family', TrainConfig.family)}-d{model.depth}-w{model.width}-seed{seed}"
