@@ -1,5 +1,5 @@
 # make test: lint and all tests.  make demo: train and sample on the embedded images.  make soak: kill a run 50 times and compare
-# its end (three quarters of an hour).  make page: the page in the browser.  make study: a tiny study, three minutes.  All set
+# its end (three quarters of an hour).  make page: the page in the browser.  make study: a tiny study, two minutes.  All set
 # up .venv themselves, with the versions of constraints.txt.
 # make test-oldest: all tests with the oldest versions that requirements*.txt allow, on Python 3.12, in .venv-oldest.
 # make lock: constraints.txt anew, from the newest versions; on Python 3.11, as newer ones can have what that one has.

@@ -9,8 +9,9 @@ from commands import ROOT
 from small_models import small_tokenizer
 
 from utils.runs.flops import training_flops
+from utils.runs.tokenizer_config import TokenizerTraining
 from utils.studies.figures import draw, draw_fits
-from utils.studies.plan import read_plan
+from utils.studies.plan import NOWHERE, read_plan
 from utils.studies.runs import Tokens, check_rows, planned
 from utils.studies.tables import (
     as_csv,
@@ -58,6 +59,8 @@ def test_plans_of_the_repository_can_be_read(path):
     assert plan.name == path.stem
     assert plan.seeds >= (2 if plan.name == "quick" else 3)
     assert all(len(comparison.rows) > 1 for comparison in plan.comparisons)
+    if "source" not in plan.tokenizer:
+        check_rows(plan, TokenizerTraining(**NOWHERE, **plan.tokenizer).sizes(), 10)
 
 
 @pytest.mark.parametrize(
