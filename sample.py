@@ -43,8 +43,9 @@ from models.transformer import ScaleTransformer
 from utils import cli, plots
 from utils.background import Background
 from utils.checkpoint import load_pair, load_transformer
-from utils.class_names import parse_classes, shown_names, told_classes
-from utils.dump import Dump, begun_settings, finished_settings
+from utils.class_names import are_drawn, parse_classes, shown_names, told_classes
+from utils.data.token_cache import check_classes, check_trained_on
+from utils.dump import Dump, begun_settings, finished_settings, strangers_in
 from utils.evidence import commit
 from utils.files import check_writable
 from utils.runs.checkpoints import checkpoints, find_truncation, step_of
@@ -59,12 +60,12 @@ FRAME_MILLISECONDS = 500
 NOT_SETTINGS = ("out", "overwrite", "batch")  # flags that no image depends on
 
 
-def all_labels(config: SampleConfig, classes: list[int], num_classes: int) -> list[int]:
-    """The label of every image, class after class."""
+def all_labels(config: SampleConfig, classes: list[int], num_classes: int, drawn: bool = False) -> list[int]:
+    """The label of every image, class after class; drawn: at random, as many as there would be of `classes`."""
     in_dump = FID_IMAGES_PER_CLASS if config.preset == "fid" and config.is_dump else 1
     per_class = GRID_COLUMNS if config.format == "grid" and not config.history else in_dump
     num = config.num or per_class * len(classes)
-    if config.classes == "random":
+    if drawn:
         return sorted(draw_labels(num_classes, num, torch.Generator().manual_seed(config.seed)).tolist())
     return [classes[n * len(classes) // num] for n in range(num)]
 
@@ -88,6 +89,12 @@ def make_sampler(
             return sample(transformer, tokenizer, labels, how, generators, refiner, kept)
 
     return draw if judge is None else BestOf(config.best_of, draw, tokenizer, judge)
+
+
+def count_in(sampler: Sampler, cohort: Cohort) -> None:
+    """Tell a sampler that counts which images of what it drew last were asked for."""
+    if isinstance(sampler, BestOf):
+        sampler.count_in(len(cohort.numbers))
 
 
 def start_decoding(tokenizer: VQVAE, sampled: SampledScales, stream: torch.cuda.Stream | None) -> Callable[[], np.ndarray]:
@@ -135,14 +142,14 @@ def write_grid(out: Path, images: np.ndarray, labels: list[int], names: list[str
         before = np.concatenate([plots.to_uint8(edited.original), plots.to_uint8(edited.decoded)])
         rows = {label: np.concatenate([before, row]) for label, row in rows.items()}
         heads = ["original", "decoded"]
-    plots.grid(list(rows.values()), [shown[label] for label in rows], heads).save(out)
+    plots.save(plots.grid(list(rows.values()), [shown[label] for label in rows], heads), out)
 
 
 def write_scales(out: Path, pictures: np.ndarray, labels: list[int], names: list[str], tokenizer: VQVAE) -> None:
     """One row per image: how it looks after each scale."""
     heads = [f"{height}x{width}" for height, width in tokenizer.pyramid.shapes]
     shown = plots.drawable(names)
-    plots.grid(list(pictures), [shown[label] for label in labels], heads).save(out)
+    plots.save(plots.grid(list(pictures), [shown[label] for label in labels], heads), out)
 
 
 def check_out(out: Path, config: SampleConfig) -> None:
@@ -157,6 +164,8 @@ def check_out(out: Path, config: SampleConfig) -> None:
     is_ours = config.is_dump and finished_settings(out) is not None  # then looked at once its settings are known
     if is_used and not (config.overwrite or unfinished or is_ours):
         raise ValueError(f"{out}: is there already: give another --out, or --overwrite")
+    if out.is_dir() and (strangers := strangers_in(out)):
+        raise ValueError(f"{out}: holds {strangers[0]!r}, which is no picture of a dump: give another --out, or move it away")
 
 
 class Helpers(NamedTuple):
@@ -167,11 +176,20 @@ class Helpers(NamedTuple):
     edited: Edited | None = None
 
     @classmethod
-    def load(cls, config: SampleConfig, transformer: ScaleTransformer, tokenizer: VQVAE, device: torch.device) -> "Helpers":
-        """Those that the flags name. ValueError and FileNotFoundError where they cannot be had, or do not fit."""
+    def load(
+        cls, config: SampleConfig, transformer: ScaleTransformer, tokenizer: VQVAE, names: list[str], device: torch.device
+    ) -> "Helpers":
+        """Those that the flags name; names: of the transformer's classes. ValueError and FileNotFoundError where they cannot
+        be had, or do not fit."""
         refiner = judge = edited = None
         if config.refine_ckpt:
-            refiner = Refiner(load_transformer(config.refine_ckpt, ema=config.ema).to(device), config.draft_scales)
+            second = load_transformer(config.refine_ckpt, ema=config.ema)
+            of_second = second.description
+            if not config.any_tokenizer:
+                check_trained_on(of_second.tokenizer_hash, tokenizer, f"--refine_ckpt={config.refine_ckpt}", "that of --ckpt")
+            if names and of_second.class_names:
+                check_classes(names, of_second.class_names, config.ckpt, f"--refine_ckpt={config.refine_ckpt}")
+            refiner = Refiner(second.to(device), config.draft_scales)
         if config.judge:
             judge = Judge(config.judge, transformer.config.num_classes, device)
         if config.edit:
@@ -215,6 +233,7 @@ def pictures_of(
         for number in range(num_cohorts(len(labels), device.type)):
             cohort = Cohort.of(labels, number, config.seed, device)
             sampled = sampler(cohort.labels, cohort.generators)
+            count_in(sampler, cohort)
             check_finite(sampled)
             if config.format == "scales":
                 pictures = scale_pictures(tokenizer, sampled)
@@ -248,8 +267,11 @@ def draw_pictures(
 
 def draw_history(
     config: SampleConfig, setting: Setting, tokenizer: VQVAE, precision: Precision, labels: list[int], device: torch.device
-) -> None:
-    """The same images by every whole checkpoint of a run: a row of a grid for each, and beside it a .gif of the rows."""
+) -> str:
+    """The same images by every whole checkpoint of a run: a row of a grid for each, and beside it a .gif of the rows.
+
+    Returns what was written.
+    """
     whole = [checkpoint for checkpoint in checkpoints(Path(config.history)) if find_truncation(checkpoint) is None]
     if not whole:
         raise FileNotFoundError(f"--history={config.history}: no run with checkpoints: give the directory of one")
@@ -260,11 +282,13 @@ def draw_history(
         precision.apply_(transformer, tokenizer)
         rows[f"step {step_of(checkpoint)}"] = pictures_of(config, setting, transformer, tokenizer, Helpers(), labels)
     setting.out.parent.mkdir(parents=True, exist_ok=True)
-    plots.grid(list(rows.values()), list(rows)).save(setting.out)
+    plots.save(plots.grid(list(rows.values()), list(rows)), setting.out)
     width = max(len(name) for name in rows)  # so that all frames are of one size
     frames = [plots.grid([row], [name.rjust(width)]) for name, row in rows.items()]
     times = [FRAME_MILLISECONDS] * (len(frames) - 1) + [4 * FRAME_MILLISECONDS]
-    frames[0].save(setting.out.with_suffix(".gif"), save_all=True, append_images=frames[1:], duration=times, loop=0)
+    film = config.film(setting)
+    plots.save(frames[0], film, save_all=True, append_images=frames[1:], duration=times, loop=0)
+    return f"wrote {len(labels)} images by each of {len(rows)} checkpoints (grid) to {setting.out}, and as frames to {film}"
 
 
 def draw_between(
@@ -274,8 +298,11 @@ def draw_between(
     tokenizer: VQVAE,
     classes: list[int],
     names: list[str],
-) -> None:
-    """A row for every two classes that follow one another, from one to the other, all out of the same random numbers."""
+) -> str:
+    """A row for every two classes that follow one another, from one to the other, all out of the same random numbers.
+
+    Returns what was written.
+    """
     rows, device = {}, transformer.head.weight.device
     steps = torch.linspace(0, 1, config.interpolate, device=device)
     for first, second in itertools.pairwise(classes):
@@ -287,7 +314,8 @@ def draw_between(
         check_finite(sampled)
         rows[f"{names[first]} - {names[second]}"] = plots.to_uint8(decode_sampled(tokenizer, sampled))
     setting.out.parent.mkdir(parents=True, exist_ok=True)
-    plots.grid(list(rows.values()), plots.drawable(list(rows))).save(setting.out)
+    plots.save(plots.grid(list(rows.values()), plots.drawable(list(rows))), setting.out)
+    return f"wrote {len(rows) * len(steps)} images (grid) to {setting.out}"
 
 
 def plan_dump(config: SampleConfig, setting: Setting, weights: dict[str, str], device: str, labels: list[int]) -> Dump:
@@ -332,6 +360,7 @@ def write_dump(
         for number in mine:
             cohort = Cohort.of(dump.labels, number, config.seed, ranks.device)
             decoded = start_decoding(tokenizer, sampler(cohort.labels, cohort.generators), stream)
+            count_in(sampler, cohort)
             writer.put(functools.partial(write, number, cohort, decoded))
     if isinstance(sampler, BestOf):
         print(sampler.told(), file=sys.stderr)
@@ -347,6 +376,8 @@ def main() -> None:
     check_pictures(config.edit, config.mask)
     for setting in settings:
         check_out(setting.out, config)
+        if config.history:
+            check_out(config.film(setting), config)
     with process_group() as ranks:
         if config.cuda_graph and ranks.device.type != "cuda":
             raise ValueError("--cuda_graph: needs a CUDA GPU, there is none: leave it out")
@@ -354,7 +385,7 @@ def main() -> None:
             raise ValueError(f"--format={config.format}: a picture is made by one process: run it without torchrun")
         *models, class_names = load_pair(config.ckpt, config.vae, config.family or None, config.ema, config.any_tokenizer)
         transformer, tokenizer = (model.to(ranks.device) for model in models)
-        helpers = Helpers.load(config, transformer, tokenizer, ranks.device)
+        helpers = Helpers.load(config, transformer, tokenizer, class_names, ranks.device)
         check_models(transformer, tokenizer, helpers.refiner)
         for setting in settings:
             config.drawing(setting).guided(transformer.pyramid.num_scales)
@@ -373,23 +404,24 @@ def main() -> None:
             print(f"{scan_choice}\n{precision.in_words()}", file=sys.stderr)
         num_classes = transformer.config.num_classes
         names = [*shown_names(class_names, num_classes), "none"]
-        if config.classes and config.classes != "random":
+        drawn = are_drawn(config.classes, class_names)
+        if config.classes and not drawn:
             classes = parse_classes(config.classes, class_names, num_classes)
         else:
             classes = list(range(num_classes if config.is_dump else min(num_classes, DEFAULT_CLASSES)))
-        labels = all_labels(config, classes, num_classes)
-        if config.interpolate and len(classes) < 2:
+        labels = all_labels(config, classes, num_classes, drawn)
+        if config.interpolate and (drawn or len(classes) < 2):
             raise ValueError(f"--interpolate={config.interpolate}: from one class to another: give two or more as --classes")
         if config.judge and num_classes in labels:
             raise ValueError(f"--judge={config.judge}: of images of no class nothing can be judged: leave one of both out")
         if ranks.is_main and names[0] != "0":
-            print(told_classes(labels, names), file=sys.stderr)
+            print(told_classes(classes if config.interpolate else labels, names), file=sys.stderr)
         for setting in settings:
             done = f"wrote {len(labels)} images ({config.format}) to {setting.out}"
             if config.history:
-                draw_history(config, setting, tokenizer, precision, labels, ranks.device)
+                done = draw_history(config, setting, tokenizer, precision, labels, ranks.device)
             elif config.interpolate:
-                draw_between(config, setting, transformer, tokenizer, classes, names)
+                done = draw_between(config, setting, transformer, tokenizer, classes, names)
             elif not config.is_dump:
                 draw_pictures(config, setting, transformer, tokenizer, helpers, labels, names)
             else:

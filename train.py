@@ -95,11 +95,18 @@ def start_from_(
         return [], None
     source = load_transformer(config.init_from)
     description = source.description
+    if config.objective == "cca" and source.config.blocks != transformer.config.blocks:
+        raise ValueError(
+            f"--init_from={config.init_from}: is of other blocks: --objective=cca aligns a transformer as it is: "
+            f"give its --family ({', '.join(dict.fromkeys(source.config.blocks))}) and --global_blocks"
+        )
     rows = inherit_(transformer, source, class_names, description.class_names, f"--init_from={config.init_from}")
     lines = [f"weights from {config.init_from}, {source.facts().title}:", *table(rows)]
     if description.tokenizer_hash is None:
         lines.append("it does not say of which tokenizer its tokens are: they mean the same only where that is the one given")
     elif not is_of(description.tokenizer_hash, tokenizer):
+        if config.objective == "cca":
+            raise ValueError(f"--init_from={config.init_from}: is of another tokenizer: --objective=cca needs its own as --vae")
         lines.append("its tokens are of another tokenizer than the one given: what it knows of codes does not hold here")
     base = Base(config.init_from, weights_hash(source), shared_with(transformer, source)) if config.lora else None
     return lines, base
@@ -123,6 +130,22 @@ def choose_parts_(transformer: ScaleTransformer, config: TrainConfig) -> list[st
         return []
     count = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
     return [f"trained: {' and '.join(trained)}, {count / 1e6:.2f}M parameters; all others stay as they are"]
+
+
+def check_classes_differ(transformer: ScaleTransformer, config: TrainConfig, class_names: list[str]) -> None:
+    """ValueError where classes start alike, as --init_from does not know them, and nothing could tell them apart."""
+    embedding = transformer.class_embed.weight
+    if not config.init_from or (embedding.requires_grad and config.objective != "cca"):
+        return
+    _, group, counts = embedding[:-1].detach().unique(dim=0, return_inverse=True, return_counts=True)
+    alike = [class_names[label] for label in (counts[group] > 1).nonzero().flatten().tolist()]
+    if alike:
+        mend = (
+            "--objective=cca aligns what a transformer knows: train it on them first"
+            if config.objective == "cca"
+            else f"embeddings have to be trained: give --train_only={','.join(filter(None, [config.train_only, 'embeddings']))}"
+        )
+        raise ValueError(f"--init_from={config.init_from}: does not know the classes {alike[0]!r} and {alike[1]!r}: {mend}")
 
 
 def names_in(text: str) -> list[str]:
@@ -179,6 +202,7 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     transformer.init_weights(config.alng, config.aln, config.hd, std, config.alng if config.alng_all else config.aln)
     of_start, base = start_from_(transformer, config, tokenizer, source.class_names, ranks)
     told = [*told, *of_start, *choose_parts_(transformer, config)]
+    check_classes_differ(transformer, config, source.class_names)
     fidelity = build_fidelity(config, tokenizer, source, images, ranks) if config.val_fd else None
     task = TASKS[config.objective](config, transformer, tokenizer, source, ranks, fidelity, told, base)
     return Trainer(task, run_config(config, source.size), ranks)

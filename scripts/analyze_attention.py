@@ -27,6 +27,7 @@ from utils.checkpoint import load_pair
 from utils.cli import flag, required
 from utils.data.batches import val_batches
 from utils.data.images import Images, read_folders
+from utils.data.token_cache import check_classes
 from utils.files import check_folder
 
 LARGEST_BATCH = 16
@@ -59,8 +60,8 @@ def main() -> None:
     if not config.overwrite and (there := [path for path in made.values() if path.exists()]):
         raise ValueError(f"{there[0]}: is there already: give another --out, or --overwrite")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    transformer, tokenizer = load_models(config, device)
-    images = held_out_images(config, transformer, tokenizer)
+    transformer, tokenizer, class_names = load_models(config, device)
+    images = held_out_images(config, transformer, tokenizer, class_names)
     attention, retention, changed = measured(transformer, tokenizer, images, device)
     title = f"{transformer.facts().title}, {attention.images} images"
     Path(config.out).mkdir(parents=True, exist_ok=True)
@@ -72,21 +73,23 @@ def main() -> None:
     print(f"wrote {made['json']} and {made['png']}")
 
 
-def load_models(config: AnalyzeConfig, device: torch.device) -> tuple[ScaleTransformer, VQVAE]:
-    """Both in evaluation mode. ValueError where they do not fit, or no tokenizer is named."""
-    *models, _ = load_pair(config.ckpt, config.vae, config.family or None, any_tokenizer=config.any_tokenizer)
+def load_models(config: AnalyzeConfig, device: torch.device) -> tuple[ScaleTransformer, VQVAE, list[str]]:
+    """Both in evaluation mode, and the names of the classes. ValueError where they do not fit, or no tokenizer is named."""
+    *models, class_names = load_pair(config.ckpt, config.vae, config.family or None, any_tokenizer=config.any_tokenizer)
     transformer, tokenizer = (model.to(device).requires_grad_(False) for model in models)
     choose_scan_(transformer, "torch", device)  # the others have no gradients of their inputs alone
     check_fit(transformer, tokenizer)
-    return transformer, tokenizer
+    return transformer, tokenizer, class_names
 
 
-def held_out_images(config: AnalyzeConfig, transformer: ScaleTransformer, tokenizer: VQVAE) -> Images:
+def held_out_images(config: AnalyzeConfig, transformer: ScaleTransformer, tokenizer: VQVAE, class_names: list[str]) -> Images:
     """--num of those of val/, evenly. ValueError where they have other classes than the transformer."""
     _, val = read_folders(config.data_path)
     ours, theirs = transformer.config.num_classes, len(val.class_names)
     if ours != theirs:
         raise ValueError(f"{config.data_path}: has {theirs} classes, the transformer {ours}: give the images of its training")
+    if class_names:
+        check_classes(class_names, val.class_names, config.ckpt, config.data_path)
     rows = np.linspace(0, len(val) - 1, min(config.num, len(val))).round().astype(int)
     return Images(val.take(rows), tokenizer.config.image_shape[0])
 

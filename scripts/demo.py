@@ -188,7 +188,7 @@ def draw_reconstructions(images: Path, tokenizer_run: Path, out: Path) -> None:
     originals = torch.stack([dataset[(i, i)][0] for i in chosen.tolist()])
     decoded = tokenizer.decode(tokenizer.encode(originals))
     rows = [plots.to_uint8((batch + 1) / 2) for batch in (originals, decoded)]
-    plots.grid(rows, ["held out", "decoded"]).save(out)
+    plots.save(plots.grid(rows, ["held out", "decoded"]), out)
 
 
 def draw_curves(tokenizer_runs: tuple[Path, Path], transformer_run: Path, entropy: float, out: Path) -> None:

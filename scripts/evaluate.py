@@ -389,7 +389,7 @@ def reconstruction(config: ReconstructionConfig, ranks: Ranks) -> None:
     print("\n".join([table({"reconstructions": shown}), code_table(codes), *notes]))
     if config.out:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        plots.grid(list(quality.pairs), ["original", "reconstruction"]).save(config.out)
+        plots.save(plots.grid(list(quality.pairs), ["original", "reconstruction"]), config.out)
     figures = {
         "pixels": [images.height, images.width],
         "tokenizer": {"weights_sha256": fingerprint, "num_codes": tokenizer.config.num_codes},

@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -34,11 +34,11 @@ D12 = ["--depth=12", "--bs=768", "--ep=200", "--fp16=1", "--alng=1e-3", "--wpe=0
 SMALL = ["--depth=2", "--width=64", "--heads=1", "--bs=8", "--ep=1", "--fp16=0", "--max_steps=4", "--seed=1", "--log_every=1"]
 
 
-def make_images(root: Path, train: int = 8, val: int = 3, pixels: int = 20) -> Path:
+def make_images(root: Path, train: int = 8, val: int = 3, pixels: int = 20, names: Sequence[str] = CLASSES) -> Path:
     """root/train/<class>/*.png and root/val/<class>/*.png with a brightness of its own for each class."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
-        for number, name in enumerate(CLASSES):
+        for number, name in enumerate(names):
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from commands import SMALL, assert_refused, run_in_process, script
+from commands import SMALL, assert_refused, make_images, run_in_process, script
 from safetensors import safe_open
 from small_models import SIDES, random_indices, small_tokenizer, small_transformer
 
@@ -161,6 +161,12 @@ def test_a_run_of_adapters_is_not_gone_on_with_whole_nor_the_other_way_round(wor
     whole = [word for word in words if not str(word).startswith("--lora")]
     code, _, errors = command(train.main, *whole, "--max_steps=2")
     assert_refused(code, errors, "holds adapters alone: resume with the run's own --init_from and --lora")
+    for flag, message in (
+        ("--lora_alpha=32", "the run has --lora_alpha=2.0, not 32.0: resume with that"),
+        ("--train_only=embeddings", "the run has --train_only=, not embeddings: resume with that"),
+    ):
+        code, _, errors = command(train.main, *words, flag, "--max_steps=2")
+        assert_refused(code, errors, message)
 
 
 @pytest.mark.parametrize(
@@ -173,11 +179,17 @@ def test_a_run_of_adapters_is_not_gone_on_with_whole_nor_the_other_way_round(wor
             ["--init_from=START", "--family=markov", "--lora=2", "--lora_parts=mamba"],
             "--lora_parts=mamba: no part 'mamba' with linear layers for adapters: give some of modulation, feed-forward",
         ),
+        (
+            ["--init_from=START", "--lora=2", "--data_path=OTHER"],
+            "does not know the classes 'ape' and 'owl': embeddings have to be trained: give --train_only=embeddings",
+        ),
         (["--init_from=START", "--lora=2", "--parallel=fsdp"], "--lora=2: adapters are small: give --parallel=ddp"),
     ],
 )
 def test_wrong_words_about_adapters_are_refused(flags, message, trained_var, images, tokenizer, tmp_path, command):
-    flags = [flag.replace("START", str(trained_var)) for flag in flags]
+    if "--data_path=OTHER" in flags:
+        make_images(tmp_path / "other", names=("ape", "owl"))
+    flags = [flag.replace("START", str(trained_var)).replace("OTHER", str(tmp_path / "other")) for flag in flags]
     run = ["--vae", tokenizer, "--data_path", images, "--local_out_dir_path", tmp_path / "run"]
     code, _, errors = command(train.main, *SMALL, *run, *flags)
     assert_refused(code, errors, message)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from commands import assert_refused, run_in_process, script
+from commands import assert_refused, make_images, run_in_process, script
 from small_models import SIDES, random_indices, small_tokenizer, small_transformer
 
 from models.attention import Attention
@@ -168,9 +168,12 @@ def test_the_command_writes_figures_and_a_picture(trained_var, images, tokenizer
         (["--num=0"], "--num=0: give at least 1"),
         (["--data_path=/nowhere"], "/nowhere"),
         (["--vae=/nowhere"], "/nowhere: no such file or directory"),
+        (["--data_path=OTHER"], "the first to differ, number 0"),
     ],
 )
 def test_wrong_words_are_refused(flags, message, trained_var, images, tmp_path, command):
+    if flags == ["--data_path=OTHER"]:
+        flags = ["--data_path", make_images(tmp_path / "other", names=("ape", "owl", "yak"))]
     code, _, errors = command("--ckpt", trained_var, "--data_path", images, "--out", tmp_path / "out", *flags)
     assert_refused(code, errors, message)
     assert not (tmp_path / "out").exists()

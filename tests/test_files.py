@@ -1,3 +1,5 @@
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -5,7 +7,7 @@ from commands import run_in_process, script
 
 import sample
 import train
-from utils.files import check_file, check_folder, written_aside
+from utils.files import check_file, check_folder, replace_file, written_aside
 
 
 def write_and_fail(target: Path) -> None:
@@ -21,6 +23,15 @@ def test_written_aside_appears_under_its_name_at_the_end(tmp_path):
         assert not target.exists()
     assert (target / "file").read_text() == "new"
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_full_disk_is_told_with_the_file_and_leaves_the_older_one(tmp_path):
+    target = tmp_path / "figures.json"
+    target.write_text("old")
+    told = pytest.raises(OSError, match="figures.json: could not be written .File too large.: give another name")
+    with told, replace_file(target):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_error_leaves_no_target(tmp_path):

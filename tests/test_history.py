@@ -36,6 +36,11 @@ def test_a_row_and_a_frame_for_every_checkpoint(run, tmp_path, command):
         assert grid.size[1] > 3 * 60
         assert film.n_frames == 3
         assert film.size[0] == grid.size[0]
+    (tmp_path / "history.png").unlink()
+    film = (tmp_path / "history.gif").read_bytes()
+    code, _, errors = command("--history", run, "--classes=0", "--out", tmp_path / "history.png")
+    assert_refused(code, errors, "history.gif: is there already: give another --out, or --overwrite")
+    assert (tmp_path / "history.gif").read_bytes() == film
 
 
 @pytest.mark.parametrize(
@@ -48,11 +53,12 @@ def test_a_row_and_a_frame_for_every_checkpoint(run, tmp_path, command):
             ["--history=RUN", "--interpolate=3"],
             "--interpolate=3: gives a grid of 2 or more: leave out what asks for other things",
         ),
+        (["--history=RUN", "--out=a.gif"], "--out=a.gif: of --history this is the grid, beside which a .gif is made"),
         (["--history=RUN/checkpoints/step_3"], "no run with checkpoints: give the directory of one"),
     ],
 )
 def test_wrong_words_are_refused(flags, message, run, tmp_path, command):
-    code, _, errors = command(*[flag.replace("RUN", str(run)) for flag in flags], "--out", tmp_path / "history.png")
+    code, _, errors = command("--out", tmp_path / "history.png", *[flag.replace("RUN", str(run)) for flag in flags])
     assert_refused(code, errors, message)
     assert not list(tmp_path.iterdir())
 

@@ -38,6 +38,7 @@ def test_the_kept_image_is_the_best_of_those_drawn_one_after_another(models):
     brightness = torch.stack([Brightness()(decode_sampled(models[1], each), LABELS) for each in candidates])
     best_of = BestOf(4, draw, models[1], Brightness())
     best = best_of(LABELS, generators())
+    best_of.count_in(3)
     for n, place in enumerate(brightness.argmax(dim=0).tolist()):
         for ours, theirs in zip(best.indices, candidates[place].indices, strict=True):
             assert torch.equal(ours[n], theirs[n])
@@ -45,6 +46,16 @@ def test_the_kept_image_is_the_best_of_those_drawn_one_after_another(models):
     assert best_of.kept_first == (brightness.argmax(dim=0) == 0).sum()
     assert best_of.told().startswith(f"best of 4 by brightness: {best_of.kept_first / 3:.0%} of images are the first candidate")
     assert "25% of all candidates are kept" in best_of.told()
+
+
+def test_images_that_fill_up_a_cohort_do_not_count(models):
+    first = BestOf(4, drawing(models), models[1], Brightness())
+    first(LABELS, generators())
+    first.count_in(1)
+    alone = BestOf(4, drawing(models), models[1], Brightness())
+    alone(LABELS[:1], generators(1))
+    alone.count_in(1)
+    assert first.told() == alone.told()
 
 
 def test_which_is_kept_does_not_depend_on_the_other_images(models):

@@ -54,7 +54,7 @@ ALLOWED = {
     "runs": {"sampling", "metrics", "data", "dist", "utils", "models"},
     "sampling": {"metrics", "data", "utils", "models"},
     "metrics": {"data", "dist", "utils", "models"},
-    "analysis": {"models"},
+    "analysis": {"utils", "models"},
     "data": {"utils", "models"},
     "dist": set(),
     "utils": set(),

@@ -1,6 +1,7 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from models.storage import write_tensors
 from models.tokenizer import VQVAE
 from models.transformer import build_transformer
 from utils.checkpoint import Description, load_tokenizer, load_transformer, save_model
-from utils.data.token_cache import fingerprint
+from utils.data.token_cache import TOKENS, fingerprint
 from utils.files import sha256, written_aside
 
 
@@ -357,6 +358,17 @@ def test_a_number_that_is_a_label_and_another_name_is_refused():
     assert sample.parse_classes("label:2,name:2", names, 12) == [2, 4]
 
 
+def test_words_that_are_names_of_classes_are_refused():
+    names = ["Bag", "none", "random"]
+    assert sample.parse_classes("name:none,label:none", names, 3) == [1, 3]
+    assert sample.are_drawn("label:random", names)
+    assert not sample.are_drawn("name:random", names)
+    with pytest.raises(ValueError, match="none is a class's name, and means no class: give name:none or label:none"):
+        sample.parse_classes("none", names, 3)
+    with pytest.raises(ValueError, match="is a class's name, and means labels at random: give name:random or label:random"):
+        sample.are_drawn("random", names)
+
+
 def test_it_is_told_which_classes_the_labels_are(checkpoint, tmp_path, command):
     code, _, errors = command("--ckpt", checkpoint, "--out", tmp_path / "grid.png", "--classes=fox,0", "--num=2")
     assert code == 0
@@ -414,6 +426,14 @@ def test_labels_can_be_drawn(checkpoint, tmp_path, command):
     assert set(np.load(tmp_path / "s.npz")["labels"].tolist()) == {0, 1, 2}
 
 
+def test_a_folder_with_other_things_is_no_place_for_a_dump(checkpoint, tmp_path, command):
+    (tmp_path / "holiday.png").write_text("mine")
+    code, _, errors = command("--ckpt", checkpoint, "--format=png", "--num=1", "--out", tmp_path, "--overwrite")
+    assert code == 1
+    assert "holds 'holiday.png', which is no picture of a dump: give another --out, or move it away" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.png"]
+
+
 def test_an_overwritten_folder_keeps_no_older_images(checkpoint, tmp_path, command):
     for num in (6, 2):
         flags = ["--format", "png", "--num", num, "--out", tmp_path, "--overwrite"]
@@ -426,6 +446,10 @@ def test_an_overwritten_folder_keeps_no_older_images(checkpoint, tmp_path, comma
     [
         (["--classes=7"], "no class '7': give numbers from 0 to 2, or names such as 'cat'"),
         (["--classes=wolf"], "no class 'wolf'"),
+        (["--classes=cat\ndog"], "give names with commas between them"),
+        (["--interpolate=3", "--classes=cat,dog", "--num=3"], "--num=3: --interpolate=3 says how many images there are"),
+        (["--interpolate=3", "--classes=random"], "give two or more as --classes"),
+        (["--cfg=0", "--cfg_scales=1-2"], "--cfg=0: without guidance --cfg_scales and --cfg_schedule say nothing"),
         (["--ckpt=/missing"], "/missing: no such file or directory"),
         (["--top_p=2"], "--top_p=2: give a number of 0 to 1, or several with commas between them"),
         (["--cfg=1.5,high"], "--cfg=1.5,high: give a number of 0 or more"),
@@ -497,6 +521,15 @@ def test_a_second_transformer_draws_the_fine_scales(checkpoint, tmp_path, comman
     assert code == 1
     assert "9 drafted scales: the pyramid has" in errors
     assert not list(tmp_path.glob("*beyond*"))
+    for name, about in (("names", {"class_names": ["a", "b", "c"]}), ("tokens", {"tokenizer_hash": f"{TOKENS}{'0' * 64}"})):
+        with written_aside(tmp_path / name) as aside:
+            known = replace(load_transformer(checkpoint).description, **about)
+            save_model(aside, load_transformer(checkpoint), known)
+        code, _, errors = command(
+            *common, "--refine_ckpt", tmp_path / name, "--draft_scales=2", "--out", tmp_path / "beyond.npz"
+        )
+        assert code == 1
+        assert {"names": "the first to differ, number 0", "tokens": "was trained on tokens of a tokenizer"}[name] in errors
 
 
 def test_the_best_of_several_is_kept_and_told(checkpoint, tmp_path, command):

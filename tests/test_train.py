@@ -237,6 +237,8 @@ def test_wrong_folders_get_one_line(change, message, images, tokenizer, tmp_path
         (["--family=gpt"], "invalid choice: 'gpt'"),
         (["--heads=5"], "width 64 is no multiple of heads 5"),
         (["--vae=missing.pth"], "missing.pth: no such file"),
+        (["--cca_beta=3"], "--cca_beta=3.0: is of --objective=cca: give that, or leave it out"),
+        (["--val_drawing=cfg=2"], "--val_drawing=cfg=2: is of the samples of --val_fd: give that, or leave it out"),
         (["--global_blocks=7"], "--global_blocks=7: give 0 to 2"),
         (["--token_cache=/does/not/exist"], "no finished token cache"),
     ],
@@ -353,7 +355,8 @@ def test_the_alignment_makes_images_likelier_under_their_own_class_than_under_ot
 
 
 def test_a_resumed_alignment_is_the_uninterrupted_one(trained_var, images, tokenizer, tmp_path, command):
-    words = [*SMALL, "--objective=cca", "--vae", tokenizer, "--data_path", images, "--init_from", trained_var, "--ac=2"]
+    words = [*SMALL, "--family=var", "--objective=cca", "--vae", tokenizer, "--data_path", images]
+    words += ["--init_from", trained_var, "--ac=2"]
     words += ["--ep=20", "--wp0=1", "--wpe=1"]  # the same rate at every step, however many there are
     for name, stops in (("whole", [4]), ("parts", [2, 4])):
         for stop in stops:
@@ -369,10 +372,15 @@ def test_a_resumed_alignment_is_the_uninterrupted_one(trained_var, images, token
         (["--objective=cca"], "--objective=cca: starts from a trained transformer: give --init_from"),
         (["--objective=cca", "--init_from=x", "--pg=0.5"], "leave out --pg"),
         (["--objective=cca", "--init_from=x", "--cca_beta=0"], "--cca_beta=0.0: give a number above 0"),
+        (["--objective=cca", "--init_from=x", "--bs=2", "--ac=2"], "--objective=cca compares images: give 2 or more at a time"),
+        (["--objective=cca", "--init_from=START", "--family=mvar"], "is of other blocks: --objective=cca aligns a transformer"),
+        (["--objective=cca", "--init_from=START", "--data_path=OTHER"], "does not know the classes 'ape' and 'owl'"),
     ],
 )
-def test_an_alignment_that_cannot_be_is_refused(flags, message, command):
-    code, _, errors = command(*SMALL, *flags)
+def test_an_alignment_that_cannot_be_is_refused(flags, message, trained_var, images, tokenizer, tmp_path, command):
+    other = make_images(tmp_path / "other", names=("ape", "owl"))
+    flags = [flag.replace("START", str(trained_var)).replace("OTHER", str(other)) for flag in flags]
+    code, _, errors = command(*SMALL, "--family=var", "--vae", tokenizer, "--data_path", images, *flags)
     assert_refused(code, errors, message)
 
 

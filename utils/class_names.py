@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+NO_CLASS, DRAWN = "none", "random"  # words of --classes that are no class; after label: where a class is called so
 SHOWN_CLASSES = 20  # of which it is told what their labels stand for
 IMAGENET_CLASSES = 1000
 NEAR = 3  # names that are proposed for one that is not known
@@ -47,10 +48,20 @@ def parse_classes(text: str, class_names: Sequence[str], num_classes: int) -> li
     """'0,3,Bag' -> [0, 3, 8]; label:2 and name:2 say which is meant where a class is called 2.
 
     Names are those of `all_names`, capitals do not matter. ValueError for an unknown class, with names that are near, and for
-    a number that is one class's label and another one's name.
+    a number, or the word none, that is one class's label and another one's name.
     """
-    words = [text] if text in class_names else next(csv.reader([text], skipinitialspace=True))
+    try:
+        words = [text] if text in class_names else next(csv.reader([text], skipinitialspace=True))
+    except csv.Error as error:
+        raise ValueError(f"--classes={text!r}: {error}: give names with commas between them") from error
     return [_parse_class(word.strip(), class_names, num_classes) for word in words]
+
+
+def are_drawn(text: str, class_names: Sequence[str]) -> bool:
+    """Whether --classes asks for labels at random. ValueError where a class is called so."""
+    if text == DRAWN and DRAWN in class_names:
+        raise ValueError(f"--classes={text}: is a class's name, and means labels at random: give name:{text} or label:{text}")
+    return text in (DRAWN, f"label:{DRAWN}")
 
 
 def _parse_class(word: str, class_names: Sequence[str], num_classes: int) -> int:
@@ -59,7 +70,9 @@ def _parse_class(word: str, class_names: Sequence[str], num_classes: int) -> int
         by_label, by_name = (rest if kind == "label" else ""), (rest if kind == "name" else "")
     else:
         by_label = by_name = rest = word
-    if by_label == "none":
+    if by_label == NO_CLASS and by_name and NO_CLASS in class_names:
+        raise ValueError(f"--classes: {rest} is a class's name, and means no class: give name:{rest} or label:{rest}")
+    if by_label == NO_CLASS:
         return num_classes
     label = int(by_label) if by_label.isdecimal() and int(by_label) < num_classes else None
     if label is not None and not (by_name and class_names):  # a number is no name of ImageNet's

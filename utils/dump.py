@@ -19,6 +19,7 @@ from PIL import Image
 from utils.files import rename_whole, replace_text
 
 PLAN = "plan.json"
+PNGS = "[0-9]*_class*.png"  # names of a dump's pictures
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Dump:
 
     def _pngs(self) -> list[Path]:
         """The pictures that are there, of whatever dump."""
-        return list(self.out.glob("[0-9]*_class*.png")) if self.out.is_dir() else []
+        return list(self.out.glob(PNGS)) if self.out.is_dir() else []
 
     def _write_npz(self) -> None:
         """arr_0 (N, H, W, 3) uint8, labels (N,) and settings, image after image."""
@@ -183,6 +184,11 @@ def begun_settings(out: Path) -> dict | None:
     """The settings of a dump that is there, unfinished or finished; None where there is none, or one of other code."""
     plan = _parts_beside(out) / PLAN
     return read_settings(plan) if plan.exists() else finished_settings(out)
+
+
+def strangers_in(folder: Path) -> list[str]:
+    """Names of what is in the folder of a dump and none of its pictures; evaluators would take it for some."""
+    return sorted(path.name for path in folder.iterdir() if not (path.match(PNGS) or path.name.startswith(".")))
 
 
 def read_settings(path: Path) -> dict | None:

@@ -18,11 +18,18 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replace_file(target: Path) -> Iterator[Path]:
-    """The same for any file: a path to write to, renamed to `target` at the end; on any error it is removed."""
+    """The same for any file: a path to write to, renamed to `target` at the end; on any error it is removed.
+
+    OSError, which names the file, where it could not be written, such as on a full disk.
+    """
     aside = target.with_name(f".{target.name}.writing")
     try:
         yield aside
         rename_whole(aside, target)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(aside), aside):  # said otherwise, or of another file
+            raise
+        raise OSError(f"{target}: could not be written ({os.strerror(error.errno)}): give another name") from error
     finally:
         aside.unlink(missing_ok=True)
 

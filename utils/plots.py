@@ -2,10 +2,16 @@
 
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from utils.files import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GAP = 2  # pixels between images
 FEW_POINTS = 40  # a line of fewer points shows them
@@ -28,6 +34,19 @@ def check_picture(path: str | Path) -> None:
     ending = Path(path).suffix.lower()
     if Image.registered_extensions().get(ending) not in Image.SAVE:
         raise ValueError(f"{path}: is to be a picture: give a name that ends in .png")
+
+
+def save(picture: Image.Image, path: str | Path, **how: Any) -> None:
+    """A picture in the format that its name says, in one step; how: what Pillow takes for it."""
+    check_picture(path)
+    with replace_file(Path(path)) as aside:
+        picture.save(aside, Image.registered_extensions()[Path(path).suffix.lower()], **how)
+
+
+def save_figure(figure: "Figure", path: str | Path, dpi: int) -> None:
+    """The same for what matplotlib has drawn."""
+    with replace_file(Path(path)) as aside:
+        figure.savefig(aside, dpi=dpi, format=Path(path).suffix[1:].lower() or None)
 
 
 @functools.cache
@@ -100,4 +119,4 @@ def curves(path: Path, panels: list[dict], columns: int | None = None) -> None:
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)

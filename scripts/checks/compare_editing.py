@@ -73,7 +73,7 @@ def main() -> None:
             shown[box] = made[:: config.num // SHOWN][:SHOWN]
     if config.picture:
         originals = plots.to_uint8(images)[:: config.num // SHOWN][:SHOWN]
-        plots.grid([originals, *shown.values()], ["original", *shown]).save(config.picture)
+        plots.save(plots.grid([originals, *shown.values()], ["original", *shown]), config.picture)
 
 
 def mask_of(box: str, shape: tuple[int, int]) -> Tensor:

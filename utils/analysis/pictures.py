@@ -8,6 +8,7 @@ from torch import Tensor
 from models.pyramid import Pyramid
 from utils.analysis.attention import AttentionShares, AttentionTally, cost_shares
 from utils.analysis.history import RetentionTally
+from utils.plots import save_figure
 
 SHOWN_SCALES = 3  # the last ones, whose windows are drawn
 
@@ -62,7 +63,7 @@ def draw(path: Path, title: str, attention: AttentionTally, retention: Retention
     axes[1, 2].set_title("influence on the logits of scale (rows), by gradients", fontsize=10)
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def draw_matrix(axis: Any, values: Tensor, pyramid: Pyramid, xlabel: str) -> None:

@@ -158,6 +158,8 @@ class TrainConfig:
             self._check_at_least(name, 0)
         if self.val_fd == 1:
             raise ValueError("--val_fd=1: a distance needs more images: give 2 or more, or 0 for none")
+        if self.val_drawing and not self.val_fd:
+            raise ValueError(f"--val_drawing={self.val_drawing}: is of the samples of --val_fd: give that, or leave it out")
         try:
             read_sampling(self.val_drawing)
         except ValueError as error:
@@ -184,8 +186,7 @@ class TrainConfig:
         if self.train_only and not self.init_from:
             raise ValueError(f"--train_only={self.train_only}: the other parts would stay as they were drawn: give --init_from")
         self._check_adapters()
-        if self.objective == "cca":
-            self._check_contrast()
+        self._check_contrast()
         if self.parallel == "fsdp" and self.fp16 == 1:
             raise ValueError("--parallel=fsdp with --fp16=1: sharded training has no loss scaling: give --fp16=2 (bfloat16)")
 
@@ -212,12 +213,19 @@ class TrainConfig:
             raise ValueError(f"--lora={self.lora}: adapters are small: give --parallel=ddp")
 
     def _check_contrast(self) -> None:
+        if self.objective != "cca":
+            for name in ("cca_beta", "cca_weight"):
+                if getattr(self, name) != getattr(TrainConfig, name):
+                    raise ValueError(f"--{name}={getattr(self, name)}: is of --objective=cca: give that, or leave it out")
+            return
         if not self.init_from:
             raise ValueError("--objective=cca: starts from a trained transformer: give --init_from")
         if self.pg or self.scale_groups != "together" or self.parallel == "fsdp" or self.ls:
             raise ValueError(
                 "--objective=cca: takes all scales at once, on every rank: leave out --pg, --scale_groups, --ls, fsdp"
             )
+        if self.bs == self.ac:
+            raise ValueError(f"--bs={self.bs} --ac={self.ac}: --objective=cca compares images: give 2 or more at a time")
         for name in ("cca_beta", "cca_weight"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")

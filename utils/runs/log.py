@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from utils import plots
 from utils.files import replace_text
 
 CLOCK_FIGURES = ("time", "images_per_second", "mfu", "memory_gb", "data_wait")  # differ from run to run of the same training
@@ -73,7 +74,7 @@ class RunLog:
         if not self.is_main:
             return
         self.pictures.mkdir(exist_ok=True)
-        picture.save(self.pictures / f"{name}_{step}.png")
+        plots.save(picture, self.pictures / f"{name}_{step}.png")
         self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
         self.writer.flush()  # pictures are rare: each is there to be looked at now
 

@@ -1,15 +1,17 @@
 """What a run takes up again: the checkpoint that all ranks agree on, whether it fits, and the seed."""
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dist import Ranks
-from models.storage import read_config
+from models.storage import read_config, read_description
 from models.transformer import ScaleTransformer
 from utils.runs.checkpoints import checkpoint_path, choose_intact, latest_checkpoint, step_of
+from utils.runs.config import TrainConfig
 
 
 def agreed_checkpoint(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
@@ -20,6 +22,25 @@ def agreed_checkpoint(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
         step = -1 if checkpoint is None else step_of(checkpoint)
     step = int(ranks.from_main(step))
     return (None if step < 0 else checkpoint_path(run, step)), notes
+
+
+def check_same_parts(checkpoint: Path, config: TrainConfig) -> None:
+    """ValueError where a run trains other parts than before: what it has trained so far would be lost, or scaled anew."""
+    before, now = _trained_parts(read_description(checkpoint).training), _trained_parts(asdict(config))
+    for name, value in before.items():
+        if now[name] != value:
+            raise ValueError(
+                f"{checkpoint}: the run has --{name}={value}, not {now[name] or 'none'}: resume with that, "
+                "or another --local_out_dir_path"
+            )
+
+
+def _trained_parts(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that say what is trained, in one form; of a run of earlier code those that it did not have are off."""
+    rank = flags.get("lora", 0)
+    names = {name: sorted(map(str.strip, flags.get(name, "").split(","))) for name in ("train_only", "lora_parts")}
+    parts = {name: ",".join(several) for name, several in names.items()}
+    return {"lora": rank, "lora_alpha": float(flags.get("lora_alpha", 0.0) or rank), **parts}
 
 
 def check_same_transformer(checkpoint: Path, transformer: ScaleTransformer) -> None:

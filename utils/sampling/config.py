@@ -94,6 +94,8 @@ class SampleConfig:
         object.__setattr__(self, "ckpt", self.ckpt or self.history)
         if self.history and (self.format != "grid" or self.edit or self.refine_ckpt or self.judge or self.cuda_graph):
             raise ValueError(f"--history={self.history}: is a grid of plain samples: leave out what asks for more")
+        if self.history and Path(self.out).suffix.lower() == ".gif":
+            raise ValueError(f"--out={self.out}: of --history this is the grid, beside which a .gif is made: give a .png")
         if self.batch < 1 or self.num < 0:
             raise ValueError(f"--batch={self.batch}, --num={self.num}: give at least 1 image at a time and 0 or more in all")
         if not 0 <= self.seed < 1 << 63:
@@ -105,6 +107,9 @@ class SampleConfig:
             raise ValueError(f"--out={self.out}: no name of a file or folder: give one")
         for setting in self.sweep():
             self.drawing(setting)
+        is_shaped = self.cfg_scales or self.cfg_schedule != SampleConfig.cfg_schedule
+        if is_shaped and not any(setting.cfg for setting in self.sweep()):
+            raise ValueError(f"--cfg={self.cfg}: without guidance --cfg_scales and --cfg_schedule say nothing: leave them out")
         if self.best_of < 1 or (self.best_of > 1) != bool(self.judge):
             raise ValueError(f"--best_of={self.best_of} --judge={self.judge}: give both, --best_of 2 or more, or neither")
         if bool(self.refine_ckpt) != bool(self.draft_scales):
@@ -114,6 +119,8 @@ class SampleConfig:
             raise ValueError(
                 f"--interpolate={self.interpolate}: gives a grid of 2 or more: leave out what asks for other things"
             )
+        if self.interpolate and self.num:
+            raise ValueError(f"--num={self.num}: --interpolate={self.interpolate} says how many images there are: leave it out")
         check_editing(self.edit, self.mask, self.box, self.outside, self.keep_scales, self.paste)
         if self.paste and self.format != "grid":
             raise ValueError(f"--paste with --format={self.format}: pixels are put back into whole images: give --format=grid")
@@ -121,6 +128,10 @@ class SampleConfig:
             raise ValueError(f"--edit={self.edit}: is for pictures: give --format=grid or scales, without --cuda_graph")
         if self.precision != AUTO:
             Precision.parse(self.precision)
+
+    def film(self, setting: "Setting") -> Path:
+        """Where --history puts its frames."""
+        return setting.out.with_suffix(".gif")
 
     @property
     def is_dump(self) -> bool:

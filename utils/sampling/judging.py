@@ -88,13 +88,14 @@ def torchvision_network(path: Path, tensors: dict) -> tuple[nn.Module, int]:
 class BestOf:
     """A sampler that draws every image several times, one after another from the same random numbers, and keeps the likeliest.
 
-    The first candidate is what would be made without it. kept_first, before, after: of all images so far, how many stayed the
-    first one, and sums of the probabilities of the first and of the kept ones.
+    The first candidate is what would be made without it. kept_first, before, after: of all images counted so far, how many
+    stayed the first one, and sums of the probabilities of the first and of the kept ones.
     """
 
     def __init__(self, count: int, draw: Sampler, tokenizer: VQVAE, judge: Judge):
         self.count, self.draw, self.tokenizer, self.judge = count, draw, tokenizer, judge
         self.images, self.kept_first, self.before, self.after = 0, 0.0, 0.0, 0.0
+        self.last: tuple[Tensor, Tensor] | None = None  # (B,) each: probabilities of the first and of the kept candidates
 
     def __call__(self, labels: Tensor, generators: Generators) -> SampledScales:
         best = self.draw(labels, generators)
@@ -105,11 +106,16 @@ class BestOf:
             is_better = of_candidate > likelihood
             best = chosen(is_better, candidate, best)
             likelihood = torch.where(is_better, of_candidate, likelihood)
-        self.images += len(labels)
+        self.last = first, likelihood
+        return best
+
+    def count_in(self, images: int) -> None:
+        """Of what was drawn last so many are images that were asked for; the others fill up the cohort."""
+        first, likelihood = (of_all[:images] for of_all in self.last)
+        self.images += images
         self.kept_first += (likelihood == first).sum().item()
         self.before += first.sum().item()
         self.after += likelihood.sum().item()
-        return best
 
     def told(self) -> str:
         """One line about what the choice did."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from utils.plots import save_figure
 from utils.studies.tables import FIGURES, FITTED_OVER, Run, finished, fits
 
 SHOWN = ("val_loss", "fd", "recognised", "fid", "is")  # scores by row, the first three that there are
@@ -44,7 +45,7 @@ def draw(path: Path, runs: Sequence[Run], comparison: str, real: Run) -> None:
         axis.set(title=f"{FIGURES[key].title}, every seed, mean ± deviation", ylim=(len(rows) - 0.5, -0.5))
         axis.grid(alpha=0.3, axis="x")
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    save_figure(figure, path, dpi=80)
 
 
 def draw_fits(path: Path, runs: Sequence[Run], comparison: str, fit_by: str) -> None:
@@ -72,4 +73,4 @@ def draw_fits(path: Path, runs: Sequence[Run], comparison: str, fit_by: str) -> 
         if axes[key].lines:
             axes[key].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    save_figure(figure, path, dpi=80)

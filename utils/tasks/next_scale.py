@@ -27,7 +27,7 @@ from utils.runs.config import TrainConfig
 from utils.runs.flops import peak_flops, training_flops
 from utils.runs.optim import build_adamw, set_rates_
 from utils.runs.plan import StepPlan, step_plan
-from utils.runs.resume import check_same_transformer
+from utils.runs.resume import check_same_parts, check_same_transformer
 from utils.runs.saving import read_numbers
 from utils.runs.state import MODEL, Part, TrainState
 from utils.runs.tally import Tally
@@ -313,6 +313,7 @@ class NextScalePrediction(Task):
             raise ValueError(
                 f"{checkpoint}: holds {held}: resume with the run's own --init_from and --lora, or another --local_out_dir_path"
             )
+        check_same_parts(checkpoint, self.config)
         check_classes(read_description(checkpoint).class_names, self.data.class_names, checkpoint, "the data given")
 
     def notes(self) -> list[str]:
