@@ -19,12 +19,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dist import Ranks, process_group, replicated
-from models.storage import Description, read_config
+from models.storage import WEIGHTS, Description, read_config, read_description, read_model, weights_hash
 from models.tokenizer import TOKEN_PARTS, VQVAE
 from trainer import Trainer
 from utils import cli, plots
 from utils.checkpoint import load_fitting_tokenizer
 from utils.data.sources import FolderData
+from utils.data.token_cache import fingerprint, short
 from utils.files import check_folder
 from utils.losses.adversarial import adaptive_weight, ramp
 from utils.losses.backbones import DinoMaps, EfficientNetMaps
@@ -262,6 +263,7 @@ class ImageReconstruction(Task):
             raise ValueError(
                 f"{checkpoint}: a tokenizer of other sizes is there: resume with its --preset, or use another --out"
             )
+        check_same_start(checkpoint, self.config, self.tokenizer)
 
     def numbers(self) -> dict:
         anchors = {"anchors": self.critic.anchors.tolist()} if self.critic is not None else {}
@@ -290,6 +292,41 @@ def first_tokenizer(config: TokenizerTraining) -> VQVAE:
         for name in TOKEN_PARTS:
             getattr(tokenizer, name).requires_grad_(False)
     return tokenizer
+
+
+def check_same_start(checkpoint: Path, config: TokenizerTraining, tokenizer: VQVAE) -> None:
+    """ValueError where the run that wrote a checkpoint began with another tokenizer, or trains other parts of it.
+
+    tokenizer: what the command begins with. The same one may lie elsewhere by now; one that a run with --init_from began with
+    may be gone, and the flag with it, as the run has weights of its own.
+    """
+    flags = read_description(checkpoint).training
+    before, now = ({name: of.get(name, "") for name in ("refine", "init_from")} for of in (flags, vars(config)))
+    if before["refine"] and now["refine"]:
+        theirs, ours = fingerprint(read_model(VQVAE, checkpoint / WEIGHTS)), fingerprint(tokenizer)
+        if theirs != ours:
+            raise ValueError(
+                f"{checkpoint}: the run has --refine={before['refine']}, a tokenizer with hash {short(theirs)}, not "
+                f"{now['refine']} with {short(ours)}: resume with that, or another --out"
+            )
+        return
+    for name, source in before.items():
+        if source != now[name] and not (name == "init_from" and _may_replace(source, now[name], config, tokenizer)):
+            differs = f"--{name}={source}, not {now[name] or 'none'}" if source else f"no --{name}, not {now[name]}"
+            raise ValueError(
+                f"{checkpoint}: the run has {differs}: resume {'with that' if source else 'without'}, or another --out"
+            )
+
+
+def _may_replace(before: str, now: str, config: TokenizerTraining, tokenizer: VQVAE) -> bool:
+    """Whether --init_from may be `now` where it was `before`: of the same weights, or left out as those are gone."""
+    if not before:
+        return False
+    try:
+        start = load_fitting_tokenizer(before, config.pn)
+    except (ValueError, OSError):
+        return not now
+    return bool(now) and weights_hash(start) == weights_hash(tokenizer)
 
 
 def build_perceptual(config: TokenizerTraining, device: torch.device) -> dict[str, tuple[float, nn.Module]]:

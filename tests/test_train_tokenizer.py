@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from commands import assert_same_training, make_images, run_in_process, script
+from commands import assert_refused, assert_same_training, make_images, run_in_process, script
 from forked import Forked, run_forked
 from golden_weights import tokenizer_weights
 from PIL import Image
@@ -19,6 +19,7 @@ from utils.runs.log import read_metrics
 
 TINY = TokenizerConfig(sides=(1, 2, 4), channels=32, multipliers=(1, 1), num_blocks=1, num_codes=16, code_dim=4)  # 8 px
 FLAGS = ["--preset=tiny", "--bs=6", "--max_steps=30", "--log_every=5", "--save_every=10", "--gan_width=8"]
+SHORT = ["--preset=tiny", "--bs=6", "--gan=0", "--perceptual=0", "--workers=0", "--seed=0"]
 
 MEANS = ["--scale_dropout=0.5", "--perturbation=0.3", "--matching=0.1", "--perceptual=0.1", "--perceptual_logits=0.01"]
 BALANCE = ["--gan=0.5", "--gan_adaptive", "--diffaug", "--lecam=0.01", "--gan_norm", "--cosine", "--best=val_psnr", "--ema=0.9"]
@@ -174,6 +175,37 @@ def test_refining_changes_the_decoder_and_no_token(images, tmp_path, command):
     }
 
 
+def test_a_run_goes_on_with_the_start_that_it_has_alone(images, tmp_path, command):
+    """Whatever else it is given, its log and config.json would say what is not so, and moments would be lost."""
+
+    def run(out, steps, *flags):
+        return command(*SHORT, f"--max_steps={steps}", "--data_path", images, "--out", tmp_path / out, *flags)
+
+    first, other = tmp_path / "first", tmp_path / "other"
+    assert run("first", 1)[0] == run("other", 1, "--seed=5")[0] == 0
+    assert run("refined", 1, "--refine", first)[0] == run("begun", 1, "--init_from", first)[0] == 0
+    for out, flags, message in [
+        ("first", ["--refine", other], f"the run has no --refine, not {other}: resume without, or another --out"),
+        ("first", ["--init_from", other], f"the run has no --init_from, not {other}: resume without"),
+        ("refined", ["--refine", other], f"the run has --refine={first}, a tokenizer with hash "),
+        ("refined", [], f"the run has --refine={first}, not none: resume with that"),
+        ("begun", ["--init_from", other], f"the run has --init_from={first}, not {other}: resume with that"),
+        ("begun", [], f"the run has --init_from={first}, not none"),
+    ]:
+        before = (tmp_path / out / "config.json").read_bytes()
+        assert_refused(*run(out, 2, *flags)[::2], message)
+        assert (tmp_path / out / "config.json").read_bytes() == before
+    shutil.copytree(first, tmp_path / "copied")
+    for out, flag in (("refined", "--refine"), ("begun", "--init_from")):
+        for steps, start in enumerate((first, tmp_path / "copied"), start=2):
+            code, output, errors = run(out, steps, flag, start)
+            assert code == 0, errors
+            assert f"resuming at step {steps - 1}" in output
+    for place in ("first", "copied"):
+        shutil.rmtree(tmp_path / place)
+    assert run("begun", 4)[0] == 0  # which needs it no more
+
+
 def test_a_cache_and_a_transformer_of_the_first_stage_go_on_with_the_second(images, tmp_path, monkeypatch, command, capsys):
     run = ["--data_path", images, "--out"]
     assert command(*FLAGS, "--max_steps=5", *run, tmp_path / "first")[0] == 0
@@ -249,6 +281,30 @@ def test_the_best_checkpoint_stays_beside_the_newest(images, tmp_path, command):
     assert {path.name for path in checkpoints(tmp_path)} == {f"step_{best}", "step_30"}
     load_tokenizer(tmp_path / "checkpoints" / "best")
     assert json.loads((checkpoints(tmp_path)[-1] / "train_state.json").read_text())["best_step"] == best
+
+
+def test_the_best_checkpoint_outlives_other_flags_and_is_of_one_figure(images, tmp_path, command):
+    def go_on(steps, *flags):
+        run = ["--keep=1", "--val_every=1", "--save_every=1", f"--max_steps={steps}", "--data_path", images, "--out", tmp_path]
+        code, output, errors = command(*SHORT, *run, *flags)
+        assert code == 0, errors
+        numbers = json.loads((checkpoint_path(tmp_path, steps) / "train_state.json").read_text())
+        return output, (tmp_path / "checkpoints" / "best").resolve(strict=True).name, numbers
+
+    _, first, numbers = go_on(2, "--best=val_psnr")
+    assert numbers["best_figure"] == "val_psnr"
+    assert numbers["best_step"] == int(first.removeprefix("step_"))
+    _, best, _ = go_on(4)
+    assert best == first
+    output, _, _ = go_on(5, "--best=val_psnr")
+    assert "best checkpoint" not in output
+    # decibels are no distance: by them the first would stay the best for ever
+    output, best, numbers = go_on(6, "--best=val_perceptual")
+    assert "the run so far kept the best checkpoint by val_psnr" in output
+    assert (best, numbers["best_figure"]) == ("step_6", "val_perceptual")
+    assert numbers["best"] == read_metrics(tmp_path)[-1]["val_perceptual"]
+    shutil.rmtree(tmp_path / "checkpoints" / best)
+    assert command
 
 
 def test_validations_score_and_show_what_is_decoded(tmp_path, command, monkeypatch):
