@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from models.tokenizer import TOKEN_PARTS, TOKENIZER_PRESETS, TokenizerConfig
 from utils.checkpoint import load_tokenizer
 from utils.data.token_cache import fingerprint, is_of
-from utils.runs.checkpoints import checkpoints
+from utils.runs.checkpoints import checkpoint_path, checkpoints
 from utils.runs.log import read_metrics
 
 TINY = TokenizerConfig(sides=(1, 2, 4), channels=32, multipliers=(1, 1), num_blocks=1, num_codes=16, code_dim=4)  # 8 px
@@ -286,25 +286,26 @@ def test_the_best_checkpoint_stays_beside_the_newest(images, tmp_path, command):
 def test_the_best_checkpoint_outlives_other_flags_and_is_of_one_figure(images, tmp_path, command):
     def go_on(steps, *flags):
         run = ["--keep=1", "--val_every=1", "--save_every=1", f"--max_steps={steps}", "--data_path", images, "--out", tmp_path]
-        code, output, errors = command(*SHORT, *run, *flags)
+        code, output, errors = command(*SHORT, "--restart_every=0", "--lr=1e-20", *run, *flags)  # nothing moves
         assert code == 0, errors
-        numbers = json.loads((checkpoint_path(tmp_path, steps) / "train_state.json").read_text())
-        return output, (tmp_path / "checkpoints" / "best").resolve(strict=True).name, numbers
+        link = tmp_path / "checkpoints" / "best"
+        numbers = json.loads((link / "train_state.json").read_text())
+        return output, link.resolve(strict=True).name, numbers
 
-    _, first, numbers = go_on(2, "--best=val_psnr")
-    assert numbers["best_figure"] == "val_psnr"
-    assert numbers["best_step"] == int(first.removeprefix("step_"))
-    _, best, _ = go_on(4)
-    assert best == first
-    output, _, _ = go_on(5, "--best=val_psnr")
+    _, best, numbers = go_on(2, "--best=val_psnr")
+    assert (best, numbers["best_figure"], numbers["best_step"]) == ("step_1", "val_psnr", 1)
+    assert go_on(3)[1] == "step_1"
+    output, best, _ = go_on(4, "--best=val_psnr")
+    assert best == "step_1"
     assert "best checkpoint" not in output
-    # decibels are no distance: by them the first would stay the best for ever
-    output, best, numbers = go_on(6, "--best=val_perceptual")
-    assert "the run so far kept the best checkpoint by val_psnr" in output
-    assert (best, numbers["best_figure"]) == ("step_6", "val_perceptual")
-    assert numbers["best"] == read_metrics(tmp_path)[-1]["val_perceptual"]
-    shutil.rmtree(tmp_path / "checkpoints" / best)
-    assert command
+    output, best, numbers = go_on(5, "--best=val_perceptual")
+    assert "the run so far kept the best checkpoint by val_psnr: from the next validation on" in output
+    assert (best, numbers["best"]) == ("step_5", read_metrics(tmp_path)[-1]["val_perceptual"])
+    assert go_on(6, "--best=val_perceptual")[1] == "step_5"
+    shutil.rmtree(checkpoint_path(tmp_path, 5))
+    output, best, _ = go_on(7, "--best=val_perceptual")
+    assert "the best checkpoint so far, step_5, is gone" in output
+    assert best == "step_7"
 
 
 def test_validations_score_and_show_what_is_decoded(tmp_path, command, monkeypatch):

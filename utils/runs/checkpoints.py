@@ -105,11 +105,13 @@ def mark_best(run: Path, step: int) -> None:
 def prune(run: Path, newest: Path, keep: int, best: int = 0) -> None:
     """Remove all but the newest `keep` checkpoints, damaged ones and what killed processes left; `newest` stays always.
 
-    best: step of a checkpoint that also stays, 0 for none; checkpoints/best leads to it from then on.
+    best: step of a checkpoint that checkpoints/best leads to from then on, 0 for none. What that leads to stays as well.
     """
     if best:
         mark_best(run, best)
-    old = [path for path in checkpoints(run)[:-keep] if path not in (newest, checkpoint_path(run, best))]
+    link = run / "checkpoints" / BEST
+    kept = {newest, link.with_name(os.readlink(link)) if link.is_symlink() else newest}
+    old = [path for path in checkpoints(run)[:-keep] if path not in kept]
     leftovers = [
         path
         for path in (run / "checkpoints").iterdir()

@@ -50,8 +50,9 @@ class TrainState:
 
     parts: the models that are trained, by name, the one called MODEL among them. seconds: training time so far.
     skipped_steps, skipped_in_a_row: steps whose gradient was not finite under float16. validation_due: the validation at this
-    step has not been done. ema: averaged weights of MODEL by name, of what is trained, none where not wanted. best, best_step:
-    the best value of the figure that decides which checkpoint is kept, None before there is one, and where it was reached.
+    step has not been done. ema: averaged weights of MODEL by name, of what is trained, none where not wanted. best, best_step,
+    best_figure: the best value of the figure that decides which checkpoint is kept, None before there is one, where it was
+    reached, and the name of the figure.
     """
 
     parts: dict[str, Part]
@@ -64,6 +65,7 @@ class TrainState:
     validation_due: bool = False
     best: float | None = None
     best_step: int = 0
+    best_figure: str = ""
 
     @property
     def model(self) -> nn.Module:
@@ -128,7 +130,7 @@ class TrainState:
             self.scaler.load_state_dict(values["scaler"])
 
 
-COUNTS = ("step", "seconds", "skipped_steps", "skipped_in_a_row", "validation_due", "best", "best_step")
+COUNTS = ("step", "seconds", "skipped_steps", "skipped_in_a_row", "validation_due", "best", "best_step", "best_figure")
 
 
 def optimizer_section(part: str) -> str:
