@@ -97,7 +97,7 @@ def read_tensors(path: Path) -> dict:
 
 def _read_index(path: Path) -> dict:
     """The tensors of all files in the "weight_map" of an index, which lie beside it."""
-    files = _read_json(path).get("weight_map")
+    files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) and Path(name).name == name for name in files.values()):
         raise ValueError(f'{path}: has no "weight_map" from tensors to files beside it: give the index of a sharded checkpoint')
     parts: dict = {}
@@ -165,7 +165,7 @@ def read_averaged(directory: Path) -> dict[str, Tensor]:
 def read_config(directory: Path, model_class: type[nn.Module]) -> Any:
     """The model's part of config.json; ValueError where it describes the other kind of model."""
     path = directory / CONFIG
-    values, kind = _read_json(path), model_class.description.kind
+    values, kind = read_json(path), model_class.description.kind
     if values.get("kind") != kind:
         raise ValueError(f"{path}: describes a {values.get('kind', 'model of other code')}, not a {kind}")
     if "model" not in values:
@@ -176,18 +176,27 @@ def read_config(directory: Path, model_class: type[nn.Module]) -> Any:
 def read_description(directory: Path) -> Description:
     """Everything else in config.json."""
     path = directory / CONFIG
-    return from_dict(Description, {name: value for name, value in _read_json(path).items() if name != "model"}, str(path))
+    return from_dict(Description, {name: value for name, value in read_json(path).items() if name != "model"}, str(path))
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """ValueError, with the name of the file, for what holds no JSON object."""
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+        values = json.loads(path.read_bytes())
+    except ValueError as error:  # also of text that is none
+        raise ValueError(f"{path}: not valid JSON ({error}): give a whole file") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a JSON {type(values).__name__} and no object: give a whole file")
+    return values
 
 
 def from_dict(config_class: type[Config], values: dict, source: str) -> Config:
-    """A dataclass again from its asdict. ValueError names unknown and missing keys and `source`, the file they came from."""
+    """A dataclass again from its asdict.
+
+    ValueError names unknown and missing keys, or what is wrong with values, and `source`, the file they came from.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: holds a {type(values).__name__} in place of a {config_class.__name__}: restore the file")
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     unknown = sorted(set(values) - set(fields))
     missing = sorted(name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING)
@@ -195,7 +204,10 @@ def from_dict(config_class: type[Config], values: dict, source: str) -> Config:
         raise ValueError(f"{source}: {config_class.__name__} has no field {', '.join(unknown)}: it was written by other code")
     if missing:
         raise ValueError(f"{source}: {config_class.__name__} needs {', '.join(missing)}")
-    return config_class(**values)
+    try:
+        return config_class(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {config_class.__name__}: {error}") from error
 
 
 def read_model(model_class: type[Model], path: Path, weights: dict[str, Tensor] | None = None, **changes) -> Model:
@@ -213,9 +225,11 @@ def read_model(model_class: type[Model], path: Path, weights: dict[str, Tensor] 
 
 
 def fill_(model: Model, weights: dict[str, Tensor], source: Path, seems: str = "") -> Model:
-    """Put in all weights and set eval mode. ValueError for missing or unexpected names, wrong shapes and integers for weights.
+    """Put in all weights and set eval mode.
 
-    Weights may be in half precision; parameters stay in that of the model. seems: what the file looks like, for the message.
+    ValueError for missing or unexpected names, wrong shapes, integers for weights, and values that are not finite: from NaN in
+    an encoder a tokenizer makes nothing but code 0, without any error. Weights may be in half precision; parameters stay in
+    that of the model. seems: what the file looks like, for the message.
     """
     expected = model.state_dict()
     missing = [name for name in expected if name not in weights]
@@ -232,6 +246,9 @@ def fill_(model: Model, weights: dict[str, Tensor], source: Path, seems: str = "
                 f"{source}: {name} is of {tensor.dtype}, the model wants {expected[name].dtype}: give plain weights"
             )
     model.load_state_dict(weights)
+    for name, tensor in model.state_dict().items():  # by now in types that all can be compared
+        if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
+            raise ValueError(f"{source}: {name} is not finite: the file is damaged, or its run went wrong: give another")
     return model.eval()
 
 
@@ -260,8 +277,9 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def first_few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def first_few(names: list) -> str:
+    """Names of tensors for a message, where people's files may have anything in their place."""
+    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # --- writing ------------------------------------------------------------------------------------------------------------

@@ -160,6 +160,12 @@ class VQVAE(nn.Module, HubModel):
         return self.quantizer.encode(self.features(images))
 
     @torch.no_grad()
+    def encode_checked(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """As `encode`, and whether all features were finite, () bool on the device: where one is NaN, tokens are code 0."""
+        features = self.features(images)
+        return self.quantizer.encode(features), features.isfinite().all()
+
+    @torch.no_grad()
     def decode_features(self, f_hat: Tensor) -> Tensor:
         """Features (B, code_dim, h, w) -> images (B, 3, f*h, f*w) clamped to [-1, 1], in the type of the features.
 

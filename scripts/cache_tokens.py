@@ -134,7 +134,10 @@ def begin(out: Path, plan: Plan) -> None:
 def encode_shards(
     tokenizer: VQVAE, images: Images, views: int, shards: list[CacheShard], out: Path, config: CacheConfig
 ) -> Iterator[int]:
-    """Write these shards of one split, all views of an image behind one another; yields the images of every batch."""
+    """Write these shards of one split, all views of an image behind one another; yields the images of every batch.
+
+    ValueError, and no shard of them, where images have features that are not finite.
+    """
     device = next(tokenizer.parameters()).device
     # batches end where shards end, so that what is computed together does not depend on who computes it
     batches = ((positions, positions // views) for shard in shards for positions in shard.batches(config.batch))
@@ -143,8 +146,13 @@ def encode_shards(
         parts = []
         for positions in shard.batches(config.batch):
             pixels, labels = next(loaded)
-            indices = tokenizer.encode(pixels.to(device, non_blocking=True))
+            indices, finite = tokenizer.encode_checked(pixels.to(device, non_blocking=True))
             tokens = torch.cat(indices, dim=1).cpu().numpy().astype(np.uint16)  # (B, L)
+            if not finite:  # after the tokens, which have been waited for
+                mend = "another tokenizer, as this is damaged" if config.precision == "float32" else "float32"
+                raise ValueError(
+                    f"--precision={config.precision}: features of images are not finite, so that they have no tokens: give {mend}"
+                )
             parts.append((tokens, labels.numpy(), positions // views))
             yield len(positions)
         arrays = map(np.concatenate, zip(*parts, strict=True))

@@ -228,6 +228,35 @@ def test_directory_without_a_checkpoint(tmp_path):
         load_transformer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({0: torch.zeros(3)}, r"a\.pth: 0 is no tensor with a name"),
+        ({"word_embed.bias": None}, r"a\.pth: word_embed\.bias is no tensor with a name"),
+        ({"pos_1LC": 3.0}, r"a\.pth: pos_1LC is no tensor with a name"),
+    ],
+)
+def test_what_is_no_tensor_or_has_no_name(tmp_path, others, message):
+    torch.save(transformer_weights("mvar_tiny") | others, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=message):
+        load_transformer(tmp_path / "a.pth")
+    torch.save(dict.fromkeys(range(9), torch.zeros(3)), tmp_path / "b.pth")
+    with pytest.raises(ValueError, match=r"b\.pth: not a released .* first keys are 0, 1, 2 and 6 more"):
+        load_transformer(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("name", ["encoder.conv_in.bias", "quantize.embedding.weight"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, name, value):
+    """From one NaN in them a tokenizer makes code 0 everywhere, without any error."""
+    tensors = tokenizer_weights("1234_qsr4")
+    tensors[name].view(-1)[3] = value
+    torch.save(tensors, tmp_path / "vae.pth")
+    theirs = {"encoder.conv_in.bias": "encoder.conv_in.bias", "quantize.embedding.weight": "quantizer.codebook.weight"}[name]
+    with pytest.raises(ValueError, match=rf"vae\.pth: {theirs} is not finite: the file is damaged"):
+        load_tokenizer(tmp_path / "vae.pth")
+
+
 # --- our format ---------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +299,8 @@ def test_wrong_kind_of_model(tmp_path, model):
         (lambda values: values["model"].pop("sides"), "needs sides"),
         (lambda values: values.pop("kind"), "describes a model of other code"),
         (lambda values: values.pop("model"), "model"),
+        (lambda values: values.update(model=None), "holds a NoneType in place of a TransformerConfig"),
+        (lambda values: values["model"].update(sides=None), "TransformerConfig: .*NoneType"),
     ],
 )
 def test_configuration_is_read_strictly(tmp_path, model, change, message):
@@ -283,9 +314,10 @@ def test_configuration_is_read_strictly(tmp_path, model, change, message):
 
 def test_broken_configuration(tmp_path, model):
     path = saved(tmp_path / "ours", model, TRANSFORMER)
-    (path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
-        load_transformer(path)
+    for text in ("{", ""):
+        (path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
+            load_transformer(path)
 
 
 # --- files as people have them ------------------------------------------------------------------------------------------
@@ -365,6 +397,9 @@ def test_a_sharded_index_is_read(tmp_path):
     assert_same_model(loaded, load_transformer(tmp_path / "b.pth"))
     (tmp_path / "two.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="names two.safetensors, which is not beside it: fetch all of its files"):
+        load_transformer(tmp_path / "model.safetensors.index.json")
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json: holds a JSON list and no object"):
         load_transformer(tmp_path / "model.safetensors.index.json")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../secret"}}')
     with pytest.raises(ValueError, match='has no "weight_map" from tensors to files beside it'):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from commands import (
     ROOT,
     SMALL,
@@ -22,12 +23,14 @@ from commands import (
 from forked import Forked, run_forked
 
 import train
+from dist import Ranks
 from models.tokenizer import VQVAE
 from trainer import Trainer
 from utils.checkpoint import Description, load_transformer, save_model
 from utils.files import written_aside
-from utils.runs.checkpoints import checkpoint_path, checkpoints
+from utils.runs.checkpoints import checkpoint_path, checkpoints, seal
 from utils.runs.log import read_metrics
+from utils.runs.resume import chosen_seed
 
 
 @pytest.fixture
@@ -99,6 +102,17 @@ def test_a_run_goes_on_with_another_precision_and_starts_an_average(images, toke
     assert code == 0, errors
     assert "resuming at step 2" in output
     assert (load_transformer(tmp_path).head.weight - trained.head.weight).abs().max() < 1e-6  # not the initial weights
+
+
+@pytest.mark.parametrize("text", ["", "{}", "null", '{"training": {"seed": null}}'])
+def test_a_run_that_does_not_say_its_seed(text, tmp_path):
+    checkpoint_path(tmp_path, 1).mkdir(parents=True)
+    seal(checkpoint_path(tmp_path, 1))
+    (tmp_path / "config.json").write_text(text)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"config.json: does not say the seed of the run in .*, or give --seed"):
+        chosen_seed(None, tmp_path, ranks)
+    assert chosen_seed(3, tmp_path, ranks) == 3
 
 
 def test_a_finished_run_is_left_as_it_is(whole, source, command):

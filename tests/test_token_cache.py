@@ -57,12 +57,12 @@ def small_shards(monkeypatch):
 
 
 class CountedEncoder:
-    """Stands in for VQVAE.encode: notes the number of images of every call, and fails at call number `stop_at`."""
+    """Stands in for VQVAE.encode_checked: notes the number of images of every call, and fails at call number `stop_at`."""
 
     def __init__(self):
-        self.calls, self.stop_at, self.encode = [], None, VQVAE.encode
+        self.calls, self.stop_at, self.encode = [], None, VQVAE.encode_checked
 
-    def __call__(self, model: VQVAE, images: torch.Tensor) -> list[torch.Tensor]:
+    def __call__(self, model: VQVAE, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         if len(self.calls) == self.stop_at:
             raise RuntimeError("interrupted")
         self.calls.append(len(images))
@@ -72,7 +72,7 @@ class CountedEncoder:
 @pytest.fixture
 def encoder(monkeypatch):
     counted = CountedEncoder()
-    monkeypatch.setattr(VQVAE, "encode", lambda model, images: counted(model, images))
+    monkeypatch.setattr(VQVAE, "encode_checked", lambda model, images: counted(model, images))
     return counted
 
 
@@ -384,6 +384,19 @@ def test_too_little_room_is_noticed_before_anything_is_written(command, monkeypa
     assert not (tmp_path / "cache").exists()
 
 
+def test_features_that_are_not_finite_have_no_tokens(command, tokenizer, tmp_path):
+    """In float16, which ends at 65,504, they are code 0 all over, and training on them would work."""
+    model = load_tokenizer(tokenizer)
+    with torch.no_grad():
+        model.before_quantizer.weight.mul_(1e6)
+    (tmp_path / "steep").mkdir()
+    save_model(tmp_path / "steep", model, Description("tokenizer"))
+    code, _, errors = command("--vae", tmp_path / "steep", "--precision=float16", "--workers=0")
+    assert code == 1
+    assert "--precision=float16: features of images are not finite, so that they have no tokens: give float32" in errors
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"plan.json"}
+
+
 def test_a_disk_that_fills_up_keeps_the_shards_before(cache, command, encoder, small_shards, monkeypatch, tmp_path):
     expected = contents(cache("--views=2"))
     shutil.rmtree(tmp_path / "cache")
@@ -485,11 +498,19 @@ def test_a_flipped_byte_is_found_by_verify(array, tmp_path):
     TokenCache(stored.directory, "val").verify()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"sides": [1]}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", "3", '{"sides": [1]}'])
 def test_a_manifest_of_something_else_is_refused(text, tmp_path):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=r"manifest.json: not of a token cache of this version \(.*\): remove the cache"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("rows", None), ("rows", {"train": 3}), ("rows_per_shard", {}), ("sides", None)])
+def test_a_manifest_that_tells_of_no_files_is_refused(name, value, tmp_path):
+    path = write_cache(tmp_path / "cache", 4, 2, 5).directory / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=r"manifest.json: not of a token cache of this version \(.+\): remove the cache"):
+        read_manifest(path.parent)
 
 
 def test_rows_come_in_the_order_asked_for(tmp_path):

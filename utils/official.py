@@ -136,8 +136,9 @@ def holds_tokenizer(contents: dict) -> bool:
     return "quantize.embedding.weight" in unnest(contents, TOKENIZER_NESTS)
 
 
-def describe(names: list[str]) -> str:
+def describe(names: list) -> str:
     """What a file with these tensors seems to be, for error messages."""
+    names = [name for name in names if isinstance(name, str)]
     if any(".mamba." in name for name in names):
         return "a released M-VAR transformer"
     if "pos_1LC" in names:
@@ -169,12 +170,16 @@ def translate(tensors: StateDict, names: list[tuple[str, str]], dropped: list[st
 
 
 def require(tensors: StateDict, names: tuple[str, ...], source: str, wanted: str) -> None:
+    """ValueError where these are not all there, or where anything else than tensors with names is."""
     missing = [name for name in names if name not in tensors]
     if missing:
         raise ValueError(
             f"{source}: not {wanted}: {first_few(missing)} missing, first keys are {first_few(list(tensors))}; "
             f"the file seems to be {describe(list(tensors))}"
         )
+    others = [name for name, value in tensors.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if others:
+        raise ValueError(f"{source}: {first_few(others)} is no tensor with a name: save the state dict alone")
 
 
 def count(tensors: StateDict, pattern: str) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.pyramid import Pyramid
-from models.storage import HALF_TYPES, from_dict, weights_hash
+from models.storage import HALF_TYPES, first_line, from_dict, weights_hash
 from models.tokenizer import TOKEN_PARTS, VQVAE
 from utils.data.batches import TrainOrder, in_order
 from utils.data.pictures import WHITE
@@ -311,12 +311,16 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def _read(kind: type[Plan], path: Path) -> Plan:
+    """ValueError for what is none, or from which the files of a cache cannot be told."""
     try:
-        return from_dict(kind, json.loads(path.read_text()), kind.__name__)
-    except ValueError as error:
+        plan = from_dict(kind, json.loads(path.read_bytes()), kind.__name__)
+        Pyramid(tuple(plan.sides))
+        plan.shards(*SPLITS)
+    except (ValueError, TypeError, LookupError) as error:
         raise ValueError(
-            f"{path}: not of a token cache of this version ({error}): remove the cache and encode again"
+            f"{path}: not of a token cache of this version ({first_line(error)}): remove the cache and encode again"
         ) from error
+    return plan
 
 
 def check_cache(manifest: Manifest, tokenizer: VQVAE, source: str | Path) -> None:

@@ -63,13 +63,19 @@ def _short(value: object) -> str:
 
 
 def chosen_seed(seed: int | None, run: Path, ranks: Ranks) -> int:
-    """The seed that is given, that of the run being resumed, or a fresh one, the same on all ranks."""
+    """The seed that is given, that of the run being resumed, or a fresh one, the same on all ranks.
+
+    ValueError where the run does not say its own.
+    """
     if seed is not None:
         return seed
     seed = int(np.random.SeedSequence().entropy % 2**31)
     saved = run / "config.json"
     if ranks.is_main and saved.exists() and latest_checkpoint(run):
-        seed = json.loads(saved.read_text())["training"]["seed"]
+        try:
+            seed = int(json.loads(saved.read_bytes())["training"]["seed"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{saved}: does not say the seed of the run in {run}: restore the file, or give --seed") from error
     return int(ranks.from_main(seed))
 
 
