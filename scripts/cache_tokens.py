@@ -151,7 +151,7 @@ def encode_shards(
             if not finite:  # after the tokens, which have been waited for
                 mend = "another tokenizer, as this is damaged" if config.precision == "float32" else "float32"
                 raise ValueError(
-                    f"--precision={config.precision}: features of images are not finite, so that they have no tokens: give {mend}"
+                    f"--precision={config.precision}: features of images are not finite, so they have no tokens: give {mend}"
                 )
             parts.append((tokens, labels.numpy(), positions // views))
             yield len(positions)

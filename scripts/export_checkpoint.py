@@ -45,7 +45,7 @@ def main() -> None:
     if out.exists():
         raise ValueError(f"{out}: is there already: give another --out")
     check_writable(out)
-    checkpoint = locate(config.source, wanted="checkpoint").parent
+    checkpoint = locate(config.source, "checkpoint", ema=True if config.released else None).parent
     description = load_description(checkpoint)
     if description is None:
         raise ValueError(f"{config.source}: not a run or checkpoint of this project: give the directory of one")

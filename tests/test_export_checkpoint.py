@@ -1,13 +1,15 @@
 """Files in half precision: what is in them, that everything reads them, and that tokens and hashes stay.
 
-Sharded checkpoints: tests/test_two_ranks.py. Under released names in float32: tests/test_train_tokenizer.py.
+And checkpoints that are damaged. Sharded ones: tests/test_two_ranks.py. Under released names in float32:
+tests/test_train_tokenizer.py.
 """
 
 import json
+import os
 
 import pytest
 import torch
-from commands import run_in_process, script
+from commands import assert_refused, run_in_process, script
 from safetensors.torch import load_file, save_file
 from small_models import assert_same_model, small_tokenizer, small_transformer
 
@@ -17,6 +19,8 @@ from models.precision import Precision, cast_for_file_
 from models.storage import Description, weights_hash
 from utils.checkpoint import load_description, load_fitting_tokenizer, load_tokenizer, load_transformer, save_model
 from utils.data.token_cache import fingerprint
+from utils.runs.checkpoints import checkpoint_path
+from utils.runs.saving import save_checkpoint
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,6 +41,66 @@ def models(tmp_path_factory):
         (directory / name).mkdir()
         save_model(directory / name, model, description)
     return directory
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two checkpoints of a tokenizer, whose averaged weights are others and lack those of the encoder's first convolution."""
+    tokenizer = small_tokenizer()
+    model = {f"model.{name}": tensor for name, tensor in tokenizer.state_dict().items()}
+    averaged = {f"ema.{name}": tensor + 1 for name, tensor in tokenizer.state_dict().items() if "encoder.conv_in" not in name}
+    tensors = model | averaged | {"optimizer.moment": torch.zeros(9)}
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "run", step, tokenizer.config, Description("tokenizer"), {"step": step}, tensors, keep=2)
+    return tmp_path / "run"
+
+
+def flip(path):
+    """Change four bytes in the middle of the last tensor."""
+    content = bytearray(path.read_bytes())
+    content[-8:-4] = b"\x00\x00\x80\x3f"
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "fault"),
+    [
+        (flip, "ema", "ema.safetensors is not what was written (SHA-256 differs)"),
+        (flip, "model", "model.safetensors is not what was written (SHA-256 differs)"),  # with weights that the average lacks
+        (lambda path: os.truncate(path, 99), "model", "model.safetensors has 99 of "),
+        (lambda path: os.truncate(path, 9), "optimizer", "optimizer.safetensors has 9 of "),  # such are written no more
+    ],
+)
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_is_taken(damage, file, fault, run, tmp_path, export):
+    expected = load_tokenizer(run)
+    newest = checkpoint_path(run, 2)
+    damage(newest / f"{file}.safetensors")
+    code, output, errors = export(run, "--out", tmp_path / "out")
+    assert code == 0, errors
+    assert output.startswith(f"wrote {checkpoint_path(run, 1)} to ")
+    (line,) = errors.splitlines()
+    assert line.startswith(f"{newest}: damaged, {fault}")
+    assert line.endswith(": taking step_1")
+    assert_same_model(load_tokenizer(tmp_path / "out"), expected)
+    if file == "optimizer":
+        load_tokenizer(newest)  # which does not read it
+        return
+    assert_refused(*export(newest, "--out", tmp_path / "other")[::2], f"{newest}: damaged, {fault}")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match=r"damaged, .*: restore it, or give another checkpoint of its run"):
+        load_tokenizer(newest / f"{file}.safetensors")
+    damage(checkpoint_path(run, 1) / f"{file}.safetensors")
+    with pytest.raises(ValueError, match=r"step_2: damaged, .*, and no earlier checkpoint of the run is whole: restore one"):
+        load_tokenizer(run)
+
+
+def test_damage_in_what_is_not_read_is_no_matter(run):
+    checkpoint = checkpoint_path(run, 2)
+    expected = load_tokenizer(checkpoint, ema=False)
+    for file in ("ema", "optimizer"):
+        flip(checkpoint / f"{file}.safetensors")
+    assert_same_model(load_tokenizer(checkpoint, ema=False), expected)
+    assert_same_model(load_tokenizer(checkpoint / "model.safetensors"), expected)
 
 
 def load(directory):

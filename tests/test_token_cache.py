@@ -393,7 +393,7 @@ def test_features_that_are_not_finite_have_no_tokens(command, tokenizer, tmp_pat
     save_model(tmp_path / "steep", model, Description("tokenizer"))
     code, _, errors = command("--vae", tmp_path / "steep", "--precision=float16", "--workers=0")
     assert code == 1
-    assert "--precision=float16: features of images are not finite, so that they have no tokens: give float32" in errors
+    assert "--precision=float16: features of images are not finite, so they have no tokens: give float32" in errors
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"plan.json"}
 
 

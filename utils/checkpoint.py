@@ -5,11 +5,14 @@ Our format is described and written by models/storage.py: model.safetensors and 
 utils/official.py.
 """
 
+import functools
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.adapters import merged
@@ -37,7 +40,7 @@ from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import official
 from utils.data.token_cache import check_trained_on
-from utils.runs.checkpoints import latest_checkpoint
+from utils.runs.checkpoints import check_intact, latest_intact
 from utils.runs.shards import SHARDS, is_sharded, read_shards
 
 __all__ = [
@@ -74,7 +77,7 @@ def load_tokenizer(source: str | Path, sides: tuple | None = None, ema: bool = T
     scales. ema: of our checkpoints, load the averaged weights where there are any. ValueError or FileNotFoundError for anything
     else, with the first keys and what the file seems to be. Files may be in half precision, the parameters are in float32.
     """
-    path = locate(source, wanted="tokenizer")
+    path = locate(source, "tokenizer", ema)
     if is_ours(path):
         if not Path(source).is_file():  # a file that is named is the file that is loaded
             path = weights_file(path.parent, averaged=ema)
@@ -92,7 +95,7 @@ def released_tokenizer(tensors: dict, sides: tuple | None, path: Path) -> VQVAE:
 
 def load_tokenizer_for(source: str | Path, pyramid: Pyramid) -> VQVAE:
     """A tokenizer for a pyramid: released ones serve any, ours the one they were trained with, whatever was asked for."""
-    return load_tokenizer(source, None if is_ours(locate(source, wanted="tokenizer")) else pyramid.sides)
+    return load_tokenizer(source, None if is_ours(locate(source, "tokenizer", ema=True)) else pyramid.sides)
 
 
 def find_beside(named: str, checkpoint: str | Path) -> str:
@@ -128,7 +131,7 @@ def load_transformer(source: str | Path, family: str | None = None, ema: bool = 
     source: as for `load_tokenizer`. family: "markov" tells MVAR weights from VAR's, which have the same tensors; "markov-mamba"
     puts windows on M-VAR's. ema: of our checkpoints, load the averaged weights where there are any.
     """
-    path = locate(source, wanted="transformer")
+    path = locate(source, "transformer", ema)
     if not is_ours(path):
         return released_transformer(unwrapped(read_tensors(path), path), family, path)
     depth = read_config(path.parent, ScaleTransformer).depth
@@ -169,7 +172,7 @@ def load_pair(
     vae: the tokenizer, empty: the one that the checkpoint names. any_tokenizer: take it even where the transformer was trained
     on the tokens of another one. Else as `load_transformer`; ValueError too where no tokenizer is named, or another one.
     """
-    transformer, description = load_transformer(ckpt, family, ema), load_description(ckpt)
+    transformer, description = load_transformer(ckpt, family, ema), load_description(ckpt, ema)
     named = description.tokenizer if description else None
     if not (vae or named):
         raise ValueError(f"{ckpt}: does not name its tokenizer: give --vae")
@@ -200,9 +203,9 @@ def unwrapped(contents: dict, path: Path) -> dict:
     return tensors
 
 
-def load_description(source: str | Path) -> Description | None:
-    """What the config.json of our checkpoint says beside the model; None for a released file."""
-    path = locate(source, wanted="checkpoint")
+def load_description(source: str | Path, ema: bool = True) -> Description | None:
+    """What the config.json of our checkpoint says beside the model; None for a released file. ema: as in `load_transformer`."""
+    path = locate(source, "checkpoint", ema)
     return read_description(path.parent) if is_ours(path) else None
 
 
@@ -220,20 +223,44 @@ def describes_ours(config: Path) -> bool:
     return isinstance(values, dict) and not values.keys().isdisjoint(("kind", "model"))
 
 
-def locate(source: str | Path, wanted: str) -> Path:
-    """The weights file, or the folder of shards, that `source` means; a name on the hub is downloaded."""
+def locate(source: str | Path, wanted: str, ema: bool | None = None) -> Path:
+    """The weights file, or the folder of shards, that `source` means; a name on the hub is downloaded.
+
+    Checkpoints of runs have checksums: of a run its newest one without damage is meant, and one that is named is a ValueError
+    where it is damaged. ema: look at the averaged weights, False: at the others, None: at both.
+    """
     path = Path(source)
     if path.is_dir():
-        is_checkpoint = is_sharded(path) or all((path / name).exists() for name in (CONFIG, WEIGHTS))
-        directory = path if is_checkpoint else latest_checkpoint(path)
+        if is_sharded(path) or all((path / name).exists() for name in (CONFIG, WEIGHTS)):
+            check_intact(path, _files_read(path, ema))
+            directory: Path | None = path
+        else:
+            directory = latest_intact(path, functools.partial(_files_read, ema=ema))
         if directory is None:
             raise FileNotFoundError(
                 f"{path}: no complete checkpoint in it: give a run directory, a checkpoint directory or a released .pth"
             )
         return directory / (SHARDS if is_sharded(directory) else WEIGHTS)
     if path.is_file():
+        if is_ours(path):
+            check_intact(path.parent, _files_read(path.parent, path.name == AVERAGED))
         return path
     name = HubName.parse(str(source))
     if name is None or (name.file is None and path.suffix in (".pth", ".pt", ".safetensors")):
         raise FileNotFoundError(f"{source}: no such file or directory; give a {wanted} file, a directory or owner/name:file")
     return download(name)
+
+
+def _files_read(checkpoint: Path, ema: bool | None) -> re.Pattern:
+    """The names of the files that are read of a checkpoint; ema: as in `locate`."""
+    names = [CONFIG, *([AVERAGED] if ema is not False else []), *([] if ema and _is_average_whole(checkpoint) else [WEIGHTS])]
+    return re.compile("|".join([*map(re.escape, names), f"{SHARDS}/.*"]))
+
+
+def _is_average_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint has averaged weights, and of all that it has weights of."""
+    try:
+        names = [set(safe_open(checkpoint / file, "pt").keys()) for file in (AVERAGED, WEIGHTS)]
+    except (OSError, SafetensorError):
+        return False
+    return names[0] >= names[1]

@@ -4,16 +4,21 @@ A checkpoint is a directory checkpoints/step_N. It is written beside its place a
 holds size and SHA-256 of all others, so that a kill, a full disk or a damaged disk cannot make a part pass for the whole.
 """
 
+import functools
 import json
 import os
 import re
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from re import Pattern
 
 from utils.files import sha256
 
 CHECKSUMS = "checksums.json"
 BEST = "best"  # a link beside the checkpoints
+ALL = re.compile(r".*")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -35,6 +40,37 @@ def latest_checkpoint(run: Path) -> Path | None:
     return next((path for path in reversed(checkpoints(run)) if find_truncation(path) is None), None)
 
 
+def latest_intact(run: Path, files: Callable[[Path], Pattern]) -> Path | None:
+    """The newest whole checkpoint in which such files are what was written; None where the run has no checkpoint.
+
+    files: of each checkpoint, those that are to be read. Newer ones that are damaged are told of on stderr. ValueError where
+    all are damaged.
+    """
+    faults: list[str] = []
+    for checkpoint in reversed(checkpoints(run)):
+        fault = find_truncation(checkpoint) or find_damage(checkpoint, files(checkpoint))
+        if fault is None:
+            for line in faults:
+                _tell(f"{line}: taking {checkpoint.name}")
+            return checkpoint
+        faults.append(f"{checkpoint}: damaged, {fault}")
+    if faults:
+        raise ValueError(f"{faults[0]}, and no earlier checkpoint of the run is whole: restore one")
+    return None
+
+
+@functools.cache
+def _tell(line: str) -> None:
+    """Once, as a command looks at the same run at several places."""
+    print(line, file=sys.stderr)
+
+
+def check_intact(checkpoint: Path, files: Pattern) -> None:
+    """ValueError where such files of a checkpoint are not what was written; a model by itself has no checksums to tell."""
+    if (checkpoint / CHECKSUMS).exists() and (fault := find_damage(checkpoint, files)):
+        raise ValueError(f"{checkpoint}: damaged, {fault}: restore it, or give another checkpoint of its run")
+
+
 def seal(directory: Path) -> None:
     """Write checksums.json over all files of a checkpoint."""
     files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
@@ -42,11 +78,10 @@ def seal(directory: Path) -> None:
     (directory / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
 
 
-def find_truncation(checkpoint: Path) -> str | None:
-    """What is missing of a checkpoint, judged by names and lengths; None where nothing is."""
+def find_truncation(checkpoint: Path, files: Pattern = ALL) -> str | None:
+    """What is missing of a checkpoint, or of such files of it, judged by names and lengths; None where nothing is."""
     try:
-        sums = json.loads((checkpoint / CHECKSUMS).read_text())
-        for name, expected in sums.items():
+        for name, expected in _checksums(checkpoint, files).items():
             file = checkpoint / name
             if not file.is_file():
                 return f"{name} is missing"
@@ -57,15 +92,31 @@ def find_truncation(checkpoint: Path) -> str | None:
     return None
 
 
-def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, judged by reading all of it; None where nothing is."""
-    short = find_truncation(checkpoint)
+def find_damage(checkpoint: Path, files: Pattern = ALL) -> str | None:
+    """What is wrong with a checkpoint, or with such files of it, judged by reading them; None where nothing is."""
+    short = find_truncation(checkpoint, files)
     if short is not None:
         return short
-    for name, expected in json.loads((checkpoint / CHECKSUMS).read_text()).items():
-        if sha256(checkpoint / name) != expected["sha256"]:
+    for name, expected in _checksums(checkpoint, files).items():
+        if _sha256_of(checkpoint / name) != expected.get("sha256"):
             return f"{name} is not what was written (SHA-256 differs)"
     return None
+
+
+def _checksums(checkpoint: Path, files: Pattern) -> dict[str, dict]:
+    sums = json.loads((checkpoint / CHECKSUMS).read_bytes())
+    return {name: expected for name, expected in sums.items() if files.fullmatch(name)}
+
+
+def _sha256_of(file: Path) -> str:
+    """Read once: a command asks for the same file at several places."""
+    found = file.stat()
+    return _sha256_of_state(file.absolute(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@functools.cache
+def _sha256_of_state(file: Path, *_: int) -> str:
+    return sha256(file)
 
 
 def choose_intact(run: Path) -> tuple[Path | None, list[str]]:
