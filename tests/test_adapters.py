@@ -17,7 +17,7 @@ from models.parts import is_adapter, train_only_
 from models.pyramid import Pyramid
 from models.storage import read_tensors, weights_hash, write_tensors
 from utils.checkpoint import load_transformer
-from utils.runs.checkpoints import checkpoints
+from utils.runs.checkpoints import checkpoints, seal
 
 RANK, ALPHA = 3, 6.0
 
@@ -149,6 +149,8 @@ def test_adapters_whose_base_is_gone_or_another_one_are_told(words, tmp_path, co
     for name in ("model", "ema"):
         path = checkpoints(base)[-1] / f"{name}.safetensors"
         write_tensors(path, {name: tensor + 1 for name, tensor in read_tensors(path).items()})
+    (path.parent / "checksums.json").unlink()
+    seal(path.parent)
     with pytest.raises(ValueError, match=r"adapters beside .*base, which has other weights by now: give those back"):
         load_transformer(run)
     code, _, errors = command(train.main, *words, "--max_steps=2")
