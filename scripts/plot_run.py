@@ -82,8 +82,8 @@ class Run:
         try:
             config = json.loads(path.read_text()) if path.exists() else {}
             self.batch = config.get("training", {}).get("bs")
-            self.model = config.get("model", {})
-        except (ValueError, AttributeError) as error:
+            self.model = dict(config.get("model", {}))
+        except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{path}: not the config.json of a run ({error}): repair it, or move it away") from error
 
     def has_epochs(self) -> bool:

@@ -140,9 +140,10 @@ def test_a_run_is_not_drawn_twice(tmp_path, plot):
     assert "given twice" in errors
 
 
-def test_a_broken_config_is_named(tmp_path, plot):
+@pytest.mark.parametrize("text", ["[]", "", '{"model": null}'])
+def test_a_broken_config_is_named(text, tmp_path, plot):
     run = make_run(tmp_path / "a")
-    (run / "config.json").write_text("[]")
+    (run / "config.json").write_text(text)
     code, _, errors = plot(run)
     assert code == 1
     assert "not the config.json of a run" in errors

@@ -175,7 +175,8 @@ def finished_settings(out: Path) -> dict | None:
         if not zipfile.is_zipfile(out):
             return None
         with np.load(out, allow_pickle=False) as archive:
-            return json.loads(str(archive["settings"]))
+            values = json.loads(str(archive["settings"]))
+            return values if isinstance(values, dict) else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
