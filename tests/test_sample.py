@@ -19,6 +19,7 @@ from models.tokenizer import VQVAE
 from models.transformer import build_transformer
 from utils.checkpoint import Description, load_tokenizer, load_transformer, save_model
 from utils.data.token_cache import TOKENS, fingerprint
+from utils.dump import finished_settings
 from utils.files import sha256, written_aside
 
 
@@ -117,6 +118,12 @@ def test_an_image_depends_on_seed_and_number_alone(checkpoint, tmp_path, command
         name = f"{n:06d}_class0001.png"
         assert (tmp_path / "21" / name).read_bytes() == (tmp_path / "40" / name).read_bytes()
     assert json.loads((tmp_path / "40.settings.json").read_text())["num"] == 40
+
+
+def test_an_archive_of_others_is_no_dump_of_any_settings(tmp_path):
+    for name in ("list.npz", "none.npz"):
+        np.savez(tmp_path / name, **({"settings": np.array("[]")} if name == "list.npz" else {"arr_0": np.zeros(3)}))
+        assert finished_settings(tmp_path / name) is None
 
 
 def test_an_unfinished_dump_of_other_settings_is_refused(checkpoint, tmp_path, command, monkeypatch):
