@@ -29,7 +29,7 @@ page: .venv/installed
 	$(BIN)/python scripts/page.py
 
 study: .venv/installed
-	$(BIN)/python scripts/study.py studies/quick.toml --results out/studies/results
+	$(BIN)/python scripts/study.py studies/quick.toml
 
 soak: .venv/installed
 	$(BIN)/python scripts/checks/soak.py --json results/soak.json

@@ -19,10 +19,9 @@ from torch import Tensor
 from dist import Ranks
 from utils.data.batches import Timed, TrainOrder
 from utils.files import locked, replace_text
-from utils.runs.checkpoints import checkpoint_path
 from utils.runs.log import RunLog
 from utils.runs.pace import Pace, peak_memory
-from utils.runs.resume import agreed_checkpoint, changes
+from utils.runs.resume import agreed_checkpoint, changes, take_up_best_
 from utils.runs.saving import ShardedSaver, read_numbers, restore_, save_checkpoint
 from utils.runs.state import AVERAGED, MODEL, TrainState, trained
 from utils.runs.task import RunConfig, StepResult, Task, step_seed
@@ -285,21 +284,6 @@ class Trainer:
         state.best, state.best_step, state.best_figure = figures[name], state.step, name
         return True
 
-    def _resume_best(self) -> list[str]:
-        """Take up the best so far, or begin anew where that is by another figure, or gone; returns what is to be told."""
-        state, name = self.state, self.config.best
-        if not name or state.best is None:
-            return []
-        if state.best_figure not in ("", name):  # earlier code did not note it
-            reason = f"the run so far kept the best checkpoint by {state.best_figure}"
-        elif self.ranks.largest(int(not checkpoint_path(self.config.directory, state.best_step).is_dir())):
-            reason = f"the best checkpoint so far, step_{state.best_step}, is gone"
-        else:
-            state.best_figure = name
-            return []
-        state.best, state.best_step, state.best_figure = None, 0, name
-        return [f"{reason}: from the next validation on it is the best by {name} from there on"]
-
     # --- saving and resuming --------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
@@ -346,7 +330,7 @@ class Trainer:
         self.state.start_anew_(anew)
         notes += [f"{checkpoint.name} has no {section}, which starts anew" for section in sorted(anew)]
         self.state.set_numbers(numbers)
-        notes += self._resume_best()
+        notes += take_up_best_(self.state, self.config.best, self.config.directory, self.ranks)
         self.task.set_numbers(numbers)
         self.saved_step = self.state.step
         return notes

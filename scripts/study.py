@@ -7,12 +7,12 @@ command goes on where it was stopped. It ends with exit code 1 where runs have f
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import json
 import os
 import queue
-import re
 import subprocess
 import sys
 import threading
@@ -29,14 +29,15 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from models.generate import generate, state_bytes
-from models.transformer import TransformerConfig
+from models.storage import weights_hash
+from models.transformer import ScaleTransformer, TransformerConfig
 from utils import cli, evidence
 from utils.checkpoint import load_tokenizer, load_transformer
 from utils.cli import argument, flag
 from utils.data.fashion_mnist import export_fashion_mnist
-from utils.data.images import listing_hash, read_folders
+from utils.data.images import ImageFiles, listing_hash, read_folders
 from utils.data.token_cache import fingerprint
-from utils.files import check_folder, locked, replace_text
+from utils.files import check_folder, locked, replace_text, sha256
 from utils.metrics.judges import Judges
 from utils.processes import begin
 from utils.runs.log import clock
@@ -44,11 +45,13 @@ from utils.runs.tokenizer_config import TokenizerTraining
 from utils.signals import Stopped, StopRequest, check_stopped
 from utils.studies import figures, tables
 from utils.studies.plan import EMBEDDED, NOWHERE, Plan, read_plan
-from utils.studies.runs import PlannedRun, Tokens, check_rows, figures_of, key_of, planned, told_of, words_of
+from utils.studies.runs import PlannedRun, Tokens, check_rows, figures_of, key_of, planned, starts_of, told_of, words_of
 from utils.studies.tables import Run
 
 SAMPLED_AT_ONCE = 16  # images of a timed batch
 REPEATS = 5
+NEIGHBOURS = 3  # of precision and recall
+MOST_READ = 2**30  # bytes of images that are read to know them again
 GRACE = 60.0  # seconds that a run has to save itself when the study is stopped
 
 
@@ -58,7 +61,10 @@ class StudyConfig:
 
     plan: str = argument("what is asked: a file such as studies/families.toml")
     out: str = flag("out/studies", "directory of images, tokens and runs, which all plans share")
-    results: str = flag("results/studies", "directory for what came out: figures, tables and pictures under the plan's name")
+    results: str = flag(
+        "out/studies/results", "directory for what came out: figures, tables and pictures under the plan's name"
+    )
+    overwrite: bool = flag(False, "replace results of another plan of this name")
     jobs: int | Literal["auto"] = flag("auto", "runs at a time; auto: one on each GPU, or on each core")
 
     def __post_init__(self):
@@ -122,6 +128,8 @@ def prepare(plan: Plan, out: Path, place: Place) -> tuple[Path, Tokens]:
     FileNotFoundError or ValueError, before anything is trained, for data that are not there and rows that fit no transformer.
     """
     images = out / "images" if plan.data == EMBEDDED else Path(plan.data)
+    if plan.reference and not Path(plan.reference).exists():
+        raise FileNotFoundError(f"reference = {plan.reference!r}: not there: give images, or statistics of them")
     if plan.data == EMBEDDED:
         export_fashion_mnist(images)
     elif not images.exists():
@@ -129,7 +137,9 @@ def prepare(plan: Plan, out: Path, place: Place) -> tuple[Path, Tokens]:
             f"data = {plan.data!r}: not there: {plan.data_from or 'put a folder with train/ and val/ there'}"
         )
     files = read_folders(images)
-    data, num_classes = plan.data if plan.data == EMBEDDED else listing_hash(*files), len(files[0].class_names)
+    if not plan.reference and len(files[1]) <= NEIGHBOURS:
+        raise ValueError(f"{images}: has {len(files[1])} images in val/: precision and recall need {NEIGHBOURS + 1} or more")
+    data, num_classes = plan.data if plan.data == EMBEDDED else content_key(images, *files), len(files[0].class_names)
     if "source" in plan.tokenizer:
         source = plan.tokenizer["source"]
     else:
@@ -158,6 +168,14 @@ def prepare(plan: Plan, out: Path, place: Place) -> tuple[Path, Tokens]:
     return images, Tokens(cache, source, tokenizer, num_classes, key)
 
 
+def content_key(root: Path, *splits: ImageFiles) -> str:
+    """Of names, labels and sizes of all files, and of what is in them, unless it is too much to be read."""
+    paths = [root / name for files in splits for name in files.listing()]
+    sizes = [path.stat().st_size for path in paths]
+    contents = [sha256(path) for path in paths] if sum(sizes) <= MOST_READ else []
+    return key_of(listing_hash(*splits), sizes, contents)
+
+
 class Judged:
     """Scores of samples by two judges, which are made when they are first needed, and asked by one run at a time."""
 
@@ -168,13 +186,19 @@ class Judged:
 
     def write(self, run: PlannedRun, place: Place) -> None:
         with self.lock:
-            replace_text(run.scores, json.dumps(self.judges().scores_of(run.samples)))
+            store_scores(run, self.judges().scores_of(run.samples))
 
     def of_real(self) -> Run:
         """Of as many training images: what the scores of a perfect model would be like."""
         with self.lock:
             judges = self.judges()
-            return judges.scores(judges.train[judges.chosen], judges.train_labels[judges.chosen])
+            of_real = judges.scores(judges.train[judges.chosen], judges.train_labels[judges.chosen])
+            return of_real | {"images": len(judges.chosen)}
+
+
+def store_scores(run: PlannedRun, scores: Run) -> None:
+    """With the code that they are of, which may be another one by the time that they are shown."""
+    replace_text(run.scores, json.dumps(scores | {"commit": evidence.commit()}))
 
 
 @dataclass(frozen=True)
@@ -189,7 +213,7 @@ class Referred:
         carry_out(words, run.log("evaluate"), place)
         scores = json.loads(told.read_text())["scores"]["samples"]
         names = {"fid": "FID", "is": "Inception score", "precision": "precision", "recall": "recall"}
-        replace_text(run.scores, json.dumps({ours: scores[theirs] for ours, theirs in names.items()}))
+        store_scores(run, {ours: scores[theirs] for ours, theirs in names.items()})
 
     def of_real(self) -> Run:
         """Nothing: the reference is not ours."""
@@ -261,8 +285,11 @@ def costs(runs: Sequence[PlannedRun], tokens: Tokens) -> dict[TransformerConfig,
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = tokens.tokenizer.to(device)
-    directories = {run.model: run.directory for run in runs}  # one of each shape and kind
-    models = {config: load_transformer(directory).to(device) for config, directory in directories.items()}
+    models: dict[TransformerConfig, ScaleTransformer] = {}  # one of each shape and kind
+    for run in runs:
+        if run.model not in models:
+            with contextlib.suppress(ValueError, OSError):  # its weights were lost since: another seed has the same sizes
+                models[run.model] = load_transformer(run.directory).to(device)
     labels = torch.arange(SAMPLED_AT_ONCE, device=device) % tokens.num_classes
     seconds: dict[TransformerConfig, list[float]] = {config: [] for config in models}
     for repeat in range(REPEATS + 1):  # the first warms up
@@ -281,27 +308,50 @@ def costs(runs: Sequence[PlannedRun], tokens: Tokens) -> dict[TransformerConfig,
     }
 
 
-def report(plan: Plan, path: Path, runs: list[Run], real: Run, missing: int) -> None:
-    """Write results/NAME.json, .csv, .md and a picture of every comparison."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def check_results(plan: Plan, folder: Path) -> None:
+    """ValueError where results of the plan's name are of runs that it does not ask for."""
+    path = folder / f"{plan.name}.json"
+    if not path.exists():
+        return
+    asked = {(part.name, row, seed) for part in plan.comparisons for row in part.rows for seed in range(plan.seeds)}
+    try:
+        stored = [(run["comparison"], run["row"], run["seed"]) for run in json.loads(path.read_text())["runs"]]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{path}: is no result of a study: give another --results, or --overwrite") from None
+    if others := [run for run in stored if run not in asked]:
+        comparison, row, seed = others[0]
+        raise ValueError(
+            f"{path}: has runs that the plan does not ask for, such as {comparison}: {row}, seed {seed}: "
+            "give another --results, or --overwrite"
+        )
+
+
+def report(plan: Plan, folder: Path, runs: list[Run], real: Run, missing: int) -> None:
+    """Write NAME.json, .csv, .md and a picture of every comparison into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     stored = {"question": plan.question, "missing_runs": missing, "real": real, "runs": runs}
-    evidence.store(path.with_suffix(".json"), stored)
-    replace_text(path.with_suffix(".csv"), tables.as_csv(runs))
+    evidence.store(folder / f"{plan.name}.json", stored)
+    replace_text(folder / f"{plan.name}.csv", tables.as_csv(runs))
     told = evidence.circumstances()
     lines = [f"# {plan.name}", plan.question, f"Made by `{told['command']}`, {told['device']}, commit {told['commit']}."]
+    commits = sorted({run["commit"] for run in runs if "commit" in run} - {told["commit"]})
+    if commits:
+        lines.append(f"Runs were made by commit {', '.join(commits)} too.")
     if missing:
         lines.append(f"**Not complete: {missing} of {missing + len(runs)} runs are missing.**")
     for comparison in plan.comparisons:
         own = [run for run in runs if run["comparison"] == comparison.name]
-        if not any("failed" not in run for run in own):
+        failures = [f"failed: {run['row']}, seed {run['seed']}: {run['failed']}" for run in own if "failed" in run]
+        if len(failures) == len(own):
+            lines += [f"## {comparison.name}", *(failures or ["No run of it is there."])]
             continue
         kind, amount = comparison.budget
         unit = "TFLOP of training" if kind == "teraflops" else kind
         lines += [f"## {comparison.name}", comparison.question, f"Budget of every row: {amount:g} {unit}."]
         lines.append(tables.table_of_scores(runs, comparison.name, real))
         lines.append(tables.table_of_differences(runs, comparison.name, comparison.baseline))
-        lines += [f"failed: {run['row']}, seed {run['seed']}: {run['failed']}" for run in own if "failed" in run]
-        picture = path.with_name("_".join([path.name, *re.findall(r"\w+", comparison.name)]) + ".png")
+        lines += failures
+        picture = folder / f"{plan.name}_{comparison.slug}.png"
         figures.draw(picture, runs, comparison.name, real)
         lines.append(f"![{comparison.name}]({picture.name})")
         if comparison.fit_by and (table := tables.table_of_fits(runs, comparison.name, comparison.fit_by)):
@@ -309,33 +359,43 @@ def report(plan: Plan, path: Path, runs: list[Run], real: Run, missing: int) -> 
             fitted = picture.with_stem(f"{picture.stem}_fitted")
             figures.draw_fits(fitted, runs, comparison.name, comparison.fit_by)
             lines.append(f"![{comparison.name}, fitted]({fitted.name})")
-    replace_text(path.with_suffix(".md"), "\n\n".join(line.strip() for line in lines if line) + "\n")
+    replace_text(folder / f"{plan.name}.md", "\n\n".join(line.strip() for line in lines if line) + "\n")
 
 
 def main() -> None:
     config = cli.parse(StudyConfig, __doc__)
     plan = read_plan(config.plan)
-    out, path = Path(config.out), Path(config.results) / plan.name
+    out, results = Path(config.out), Path(config.results)
     check_folder(out, "--out")
-    check_folder(config.results, "--results")
+    check_folder(results, "--results")
+    if not config.overwrite:
+        check_results(plan, results)
     where = places(config.jobs)
     with locked(out), StopRequest():
         images, tokens = prepare(plan, out, places(1)[0])  # nothing runs beside it
-        runs = planned(plan, tokens, out)
+        starts = {start: weights_hash(load_transformer(start)) for start in starts_of(plan)}
+        runs = planned(plan, tokens, out, starts)
         pixels = tokens.tokenizer.config.image_shape[0]
         scores = Referred(plan.reference) if plan.reference else Judged(images, pixels, plan.samples)
+        check_stopped()
         failed, stopped = {}, None
         try:
             failed = complete_all(runs, lambda run, place: complete(run, tokens, scores, place), where)
         except Stopped as stop:
             stopped = stop
-    there = [run for run in runs if run.scores.exists()]
-    if there:
-        by_model = costs(there, tokens)
-        told = [figures_of(run) | by_model[run.model] for run in there]
-        told += [told_of(run) | {"failed": failed[run.directory]} for run in runs if run.directory in failed]
-        report(plan, path, told, scores.of_real(), len(runs) - len(told))
-        print(f"{path}.md: {len(there)} of {len(runs)} runs")
+        known = []
+        for run in runs:
+            if run.scores.exists() and run.directory not in failed:
+                try:
+                    known.append((run, figures_of(run)))
+                except ValueError as error:
+                    failed[run.directory] = str(error)
+        if known or failed:
+            by_model = costs([run for run, _ in known], tokens)
+            told = [figures | by_model.get(run.model, {}) | {"samples": plan.samples} for run, figures in known]
+            told += [told_of(run) | {"failed": failed[run.directory]} for run in runs if run.directory in failed]
+            report(plan, results, told, scores.of_real(), len(runs) - len(told))
+            print(f"{results / plan.name}.md: {len(known)} of {len(runs)} runs")
     if stopped is not None:
         raise stopped
     if failed:

@@ -92,7 +92,12 @@ def test_plans_of_the_repository_can_be_read(path):
         (HEAD + "[[comparisons]]\nname = 'some'\nsteps = 3\ngrid.depth = 2", "grid has depth = 2: give a list"),
         (HEAD + "[[comparisons]]\nname = 'some'\nsteps = 3", "comparison 'some': has no rows"),
         (HEAD + "[[comparisons]]\nsteps = 3", "a comparison has no name"),
-        (HEAD + BODY + BODY, "two comparisons are named 'some'"),
+        (HEAD + BODY + BODY.replace("some", "some!"), "comparisons are named 'some' and 'some!': give each letters of its own"),
+        (HEAD.replace("bs = 4", "hflip = true") + BODY, "--hflip and --mid_reso are settings of the token cache"),
+        (
+            HEAD.replace("bs = 4", "pg = 0.5") + BODY.replace("steps = 20", "teraflops = 1.0"),
+            "pg = 0.5: its steps cost other operations than whole ones: give steps or minutes",
+        ),
     ],
 )
 def test_a_wrong_plan_is_told_in_one_line(tmp_path, text, message):
@@ -116,6 +121,12 @@ def test_a_grid_has_all_combinations_as_rows(tmp_path):
 def test_a_row_that_fits_no_transformer_is_told_before_anything_runs(tmp_path):
     plan = plan_of(tmp_path, HEAD + BODY.replace('"mvar" }', '"mvar", width = 80 }'))
     with pytest.raises(ValueError, match="comparison 'some', row 'M-VAR': width 80 .* head size"):
+        check_rows(plan, small_tokenizer().config, 5)
+
+
+def test_a_pyramid_that_the_tokenizer_has_not_is_told_before_anything_runs(tmp_path):
+    plan = plan_of(tmp_path, HEAD.replace("bs = 4", "pn = '1_2'") + BODY)
+    with pytest.raises(ValueError, match="row 'VAR': pn = '1_2': the tokenizer has pyramid"):
         check_rows(plan, small_tokenizer().config, 5)
 
 
@@ -170,7 +181,7 @@ def test_a_paired_difference_is_students():
     assert difference.p == pytest.approx(1 - t / math.sqrt(2 + t**2))
     assert paired([2.0], [1.0]) == (1.0, None, None, 1)
     assert paired([1, 2], [1, 2]).p == 1
-    assert paired([2, 3], [1, 2]).p == 0
+    assert paired([2, 3], [1, 2]).p is None
 
 
 def test_holms_adjustment():
@@ -178,6 +189,13 @@ def test_holms_adjustment():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([None, 0.5, None]) == [None, 0.5, None]
     assert holm([0.9, 0.8]) == [1, 1]
+
+
+def test_what_differs_alike_with_every_seed_is_not_tested():
+    """One image of 1,000 each time: t would be infinite."""
+    runs = [made_up("VAR", n, 5.0, recognised=share) for n, share in enumerate((0.842, 0.839, 0.846))]
+    runs += [made_up("M-VAR", n, 4.0 + n, recognised=share) for n, share in enumerate((0.841, 0.838, 0.845))]
+    assert "| -0.001 with every seed: no test |" in table_of_differences(runs, "some", "VAR")
 
 
 def test_what_lies_inside_the_spread_is_called_so():
@@ -225,7 +243,7 @@ def test_a_power_law_is_found_again():
 
 
 def test_the_pictures_are_drawn(tmp_path):
-    draw(tmp_path / "some.png", [*RUNS, FAILED], "some", {"fd": 1.5})
+    draw(tmp_path / "some.png", [*RUNS, FAILED, made_up("$_$", 0, 5.0)], "some", {"fd": 1.5})
     assert (tmp_path / "some.png").stat().st_size > 10_000
     sizes = [made_up(row, 0, 9 * size**-0.07, parameters=size) for row in ("VAR", "M-VAR") for size in (1e5, 1e6, 1e7)]
     draw_fits(tmp_path / "fitted.png", sizes, "some", "family")

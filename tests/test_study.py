@@ -25,7 +25,7 @@ sampling = {{ batch = 16 }}
 name = "some steps"
 steps = 4
 rows.VAR = {{ family = "var" }}
-rows.impossible = {{ family = "var", init_from = "nowhere" }}
+rows.impossible = {{ family = "var", tblr = 1e30 }}
 rows."M-VAR" = {{ family = "mvar" }}
 """
 
@@ -59,7 +59,7 @@ def test_a_study_is_stopped_and_gone_on_with(tmp_path):
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("study.py: error: 1 of 3 runs failed, such as impossible, seed 0: train.py ended with exit code 1")
-    assert "nowhere" in last
+    assert "not finite" in last or "nan" in last
     assert first.items() < scores(tmp_path).items()
 
     stored = json.loads((tmp_path / "results" / "plan.json").read_text())
@@ -76,6 +76,13 @@ def test_a_study_is_stopped_and_gone_on_with(tmp_path):
     assert "failed: impossible, seed 0: train.py ended with exit code 1" in table
     assert (tmp_path / "results" / "plan_some_steps.png").exists()
     assert len((tmp_path / "results" / "plan.csv").read_text().splitlines()) == 1 + 3
+
+    text = (tmp_path / "plan.toml").read_text()
+    (tmp_path / "plan.toml").write_text(text.replace("rows.VAR", "rows.other"))
+    result = run_forked(*study(tmp_path))
+    assert result.returncode == 1
+    assert "has runs that the plan does not ask for, such as some steps: VAR, seed 0: give another --results" in result.stderr
+    assert (tmp_path / "results" / "plan.md").read_text() == table
 
 
 @pytest.mark.parametrize(

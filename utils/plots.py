@@ -49,6 +49,11 @@ def save_figure(figure: "Figure", path: str | Path, dpi: int) -> None:
         figure.savefig(aside, dpi=dpi, format=Path(path).suffix[1:].lower() or None)
 
 
+def plain(text: str) -> str:
+    """For matplotlib, which takes what stands between dollars for a formula."""
+    return text.replace("$", r"\$")
+
+
 @functools.cache
 def font_file() -> str:
     """DejaVu Sans, which comes with matplotlib; Pillow's own font has few letters beyond English."""
@@ -106,15 +111,15 @@ def curves(path: Path, panels: list[dict], columns: int | None = None) -> None:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, panels, strict=False):
         for name, points in panel.get("faint", {}).items():
-            label = None if name in panel["lines"] else name
+            label = None if name in panel["lines"] else plain(name)
             axis.plot(*zip(*points, strict=True), label=label, color=colours[name], linewidth=1, alpha=0.35)
         for name, points in panel["lines"].items():
             marker = "." if len(points) < FEW_POINTS else None  # a single point is no line
-            axis.plot(*zip(*points, strict=True), label=name, color=colours[name], linewidth=1.5, marker=marker)
+            axis.plot(*zip(*points, strict=True), label=plain(name), color=colours[name], linewidth=1.5, marker=marker)
         for name, points in panel.get("dashed", {}).items():
-            axis.plot(*zip(*points, strict=True), label=name, color="grey", linestyle="--", linewidth=1, marker=".")
+            axis.plot(*zip(*points, strict=True), label=plain(name), color="grey", linestyle="--", linewidth=1, marker=".")
         for name, level in panel.get("levels", {}).items():
-            axis.axhline(level, label=name, linestyle="--", linewidth=1, color="grey")
+            axis.axhline(level, label=plain(name), linestyle="--", linewidth=1, color="grey")
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"], yscale="log" if panel.get("log") else "linear")
         axis.grid(alpha=0.3)
         axis.legend()

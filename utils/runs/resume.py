@@ -12,6 +12,7 @@ from models.storage import read_config, read_description
 from models.transformer import ScaleTransformer
 from utils.runs.checkpoints import checkpoint_path, choose_intact, latest_checkpoint, step_of
 from utils.runs.config import TrainConfig
+from utils.runs.state import TrainState
 
 
 def agreed_checkpoint(run: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
@@ -60,6 +61,24 @@ def _short(value: object) -> str:
     if isinstance(value, tuple) and value and isinstance(value[0], str):
         return " + ".join(f"{value.count(kind)} x {kind}" for kind in dict.fromkeys(value))
     return str(value)
+
+
+def take_up_best_(state: TrainState, name: str, run: Path, ranks: Ranks) -> list[str]:
+    """Go on with the best checkpoint so far, or begin anew where that is by another figure than `name`, or gone.
+
+    Returns what is to be told.
+    """
+    if not name or state.best is None:
+        return []
+    if state.best_figure not in ("", name):  # earlier code did not note it
+        reason = f"the run so far kept the best checkpoint by {state.best_figure}"
+    elif ranks.largest(int(not checkpoint_path(run, state.best_step).is_dir())):
+        reason = f"the best checkpoint so far, step_{state.best_step}, is gone"
+    else:
+        state.best_figure = name
+        return []
+    state.best, state.best_step, state.best_figure = None, 0, name
+    return [f"{reason}: from the next validation on it is the best by {name} from there on"]
 
 
 def chosen_seed(seed: int | None, run: Path, ranks: Ranks) -> int:

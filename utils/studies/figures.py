@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from utils.plots import save_figure
+from utils.plots import plain, save_figure
 from utils.studies.tables import FIGURES, FITTED_OVER, Run, finished, fits
 
 SHOWN = ("val_loss", "fd", "recognised", "fid", "is")  # scores by row, the first three that there are
@@ -24,9 +24,11 @@ def draw(path: Path, runs: Sequence[Run], comparison: str, real: Run) -> None:
     ):
         for row in rows:
             for number, run in enumerate(finished(runs, comparison, row)):
+                if run[key] is None:
+                    continue
                 unit = run[key] * FIGURES[key].factor if key in FIGURES else run[key]
                 points = [(step / run["steps"] * unit, loss) for step, loss in run["curve"]]
-                name = row if number == 0 else None
+                name = plain(row) if number == 0 else None
                 axis.plot(*zip(*points, strict=True), color=colours[row], label=name, linewidth=1, marker=".", alpha=0.7)
         axis.set(title=f"held-out loss over {label}, every seed", xlabel=label, ylabel="nats per token")
         axis.grid(alpha=0.3)
@@ -41,7 +43,7 @@ def draw(path: Path, runs: Sequence[Run], comparison: str, real: Run) -> None:
         if key in real:
             axis.axvline(real[key], linestyle="--", color="grey", linewidth=1, label="real images")
             axis.legend(fontsize=8)
-        axis.set_yticks(range(len(rows)), rows)
+        axis.set_yticks(range(len(rows)), list(map(plain, rows)))
         axis.set(title=f"{FIGURES[key].title}, every seed, mean ± deviation", ylim=(len(rows) - 0.5, -0.5))
         axis.grid(alpha=0.3, axis="x")
     figure.tight_layout()
@@ -62,7 +64,7 @@ def draw_fits(path: Path, runs: Sequence[Run], comparison: str, fit_by: str) -> 
         dots = [run[key] * unit for run in group], [run["val_loss"] for run in group]
         law = [size * unit for size in sizes], [fit.factor * size**-fit.exponent for size in sizes]
         axes[key].plot(*dots, "o", color=colour, alpha=0.5)
-        axes[key].plot(*law, color=colour, label=f"{value}: exponent {fit.exponent:.4f} ± {fit.error:.4f}")
+        axes[key].plot(*law, color=colour, label=f"{plain(value)}: exponent {fit.exponent:.4f} ± {fit.error:.4f}")
     for key, name in FITTED_OVER.items():
         axes[key].set(title=f"held-out loss over {name}", xlabel=FIGURES[key].title, ylabel="nats per token")
         axes[key].set(xscale="log", yscale="log")

@@ -22,6 +22,7 @@ A comparison may have a grid instead of rows, or beside them: lists of values by
 import difflib
 import itertools
 import math
+import re
 import tomllib
 import typing
 from collections.abc import Callable
@@ -59,6 +60,11 @@ class Comparison:
     question: str = ""
     fit_by: str = ""
 
+    @property
+    def slug(self) -> str:
+        """Of names of files."""
+        return "_".join(re.findall(r"\w+", self.name))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -83,8 +89,9 @@ class Plan:
         if not self.comparisons:
             raise ValueError("nothing to compare: give [[comparisons]] with rows")
         names = [comparison.name for comparison in self.comparisons]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"two comparisons are named {twice[0]!r}: give each a name of its own")
+        pictures = [comparison.slug for comparison in self.comparisons]
+        if twice := [name for name, slug in zip(names, pictures, strict=True) if pictures.count(slug) > 1]:
+            raise ValueError(f"comparisons are named {' and '.join(map(repr, twice))}: give each letters of its own")
 
     def flags_of(self, comparison: Comparison, row: str) -> Flags:
         """Of train.py, without what the study sets."""
@@ -170,7 +177,9 @@ def _comparison_of(contents: Flags, common: Flags) -> Comparison:
         place = f"{where}, row {row!r}"
         _check_type(place, flags, dict)
         _check_flags(flags, TrainConfig, OF_TRAINING, place)
-        _built(lambda flags=flags: TrainConfig(**(common | flags)), place)
+        _built(lambda flags=flags: TrainConfig(**(common | flags), token_cache="DIR"), place)
+        if budget == "teraflops" and (other := partial_steps(common | flags)):
+            raise ValueError(f"{place}: {other}: its steps cost other operations than whole ones: give steps or minutes")
     baseline = contents.get("baseline", next(iter(rows)))
     if baseline not in rows:
         raise ValueError(f"{where}: baseline = {baseline!r} is no row: give one of {', '.join(rows)}")
@@ -178,6 +187,13 @@ def _comparison_of(contents: Flags, common: Flags) -> Comparison:
     if fit_by and not all(fit_by in common | flags for flags in rows.values()):
         raise ValueError(f"{where}: fit_by = {fit_by!r}: is not a flag of every row")
     return Comparison(name, (budget, contents[budget]), rows, baseline, contents.get("question", ""), fit_by)
+
+
+def partial_steps(flags: Flags) -> str:
+    """The flag by which a step is less or more than that of all scales and weights, whose operations are known; or ""."""
+    plain = {"scale_groups": ("together", "each"), "objective": ("likelihood",), "pg": (0,), "lora": (0,), "train_only": ("",)}
+    other = (f"{name} = {flags[name]!r}" for name, values in plain.items() if name in flags and flags[name] not in values)
+    return next(other, "")
 
 
 def _grid_rows(grid: Flags, where: str) -> dict[str, Flags]:

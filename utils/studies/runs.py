@@ -7,22 +7,29 @@ plans, is trained once.
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import NamedTuple
 
+from models.pyramid import Pyramid
+from models.storage import read_description
 from models.tokenizer import VQVAE, TokenizerConfig
 from models.transformer import TransformerConfig
+from utils.files import sha256
+from utils.runs.checkpoints import latest_checkpoint
 from utils.runs.config import TrainConfig
 from utils.runs.flops import training_flops
 from utils.runs.log import read_metrics
-from utils.studies.plan import Comparison, Flags, Plan
+from utils.studies.plan import OF_TRAINING, Comparison, Flags, Plan, partial_steps
 from utils.studies.tables import Run
 
 operations = functools.cache(training_flops)  # a second or two for each model, of which many runs have the same
 VALIDATIONS = 5  # of a run, for its curve
 STEPS_BETWEEN = 100  # validations of a run whose steps are not known
+UNDECISIVE = ("workers", "log_every", "peak_tflops", "scan_backend")  # flags that change nothing of what comes out
 ENDLESS = 10_000_000  # steps, where minutes are the budget
 
 
@@ -46,7 +53,7 @@ class PlannedRun:
     """One run of a row.
 
     words: of train.py, without where it writes; drawing: of sample.py, without what it reads and writes. alone: minutes count,
-    so that nothing may run beside it.
+    so that nothing may run beside it. reference: a key of what evaluate.py scores against; empty: two judges do.
     """
 
     comparison: str
@@ -58,6 +65,7 @@ class PlannedRun:
     directory: Path
     model: TransformerConfig
     alone: bool
+    reference: str = ""
 
     @property
     def samples(self) -> Path:
@@ -65,7 +73,8 @@ class PlannedRun:
 
     @property
     def scores(self) -> Path:
-        return self.samples.with_suffix(".json")
+        beside = f"-{self.reference}" if self.reference else ""
+        return self.samples.with_name(f"{self.samples.stem}{beside}.json")
 
     def log(self, command: str) -> Path:
         """What one of its commands prints."""
@@ -78,14 +87,25 @@ def check_rows(plan: Plan, tokenizer: TokenizerConfig, num_classes: int) -> None
         for row in comparison.rows:
             flags = plan.flags_of(comparison, row)
             try:
-                operations(TrainConfig(**flags).transformer_config(tokenizer, num_classes))  # which builds it from shapes
+                config = TrainConfig(**flags)
+                if config.pn and Pyramid.parse(config.pn) != tokenizer.pyramid:
+                    raise ValueError(f"pn = {config.pn!r}: the tokenizer has pyramid {tokenizer.pyramid}: leave it out")
+                operations(config.transformer_config(tokenizer, num_classes))  # which builds it from shapes
             except ValueError as error:
                 raise ValueError(f"comparison {comparison.name!r}, row {row!r}: {error}") from error
 
 
-def planned(plan: Plan, tokens: Tokens, out: Path) -> list[PlannedRun]:
-    """All runs of all rows, a seed of every row before the next seed."""
+def starts_of(plan: Plan) -> set[str]:
+    """What rows give as --init_from."""
+    flags = [plan.flags_of(comparison, row) for comparison in plan.comparisons for row in comparison.rows]
+    return {of_row["init_from"] for of_row in flags if of_row.get("init_from")}
+
+
+def planned(plan: Plan, tokens: Tokens, out: Path, starts: Mapping[str, str] = MappingProxyType({})) -> list[PlannedRun]:
+    """All runs of all rows, a seed of every row before the next seed; starts: a hash of the weights of each of `starts_of`."""
     drawing = ["--format=npz", f"--num={plan.samples}", *words_of(plan.sampling)]
+    reference = Path(plan.reference) if plan.reference else None
+    scored_by = "" if reference is None else key_of(plan.reference, sha256(reference) if reference.is_file() else "")
     runs = []
     for seed in range(plan.seeds):
         for comparison in plan.comparisons:
@@ -95,20 +115,18 @@ def planned(plan: Plan, tokens: Tokens, out: Path) -> list[PlannedRun]:
                 budget = budget_words(comparison, flags, model)
                 words = (*words_of(flags), *budget, f"--seed={seed}", "--keep=1", "--val_samples=0")
                 name = f"{flags.get('family', TrainConfig.family)}-d{model.depth}-w{model.width}-seed{seed}"
-                directory = out / "runs" / f"{name}-{key_of(decisive(flags), budget, tokens.key)}"
+                begun = [starts[flags["init_from"]]] if flags.get("init_from") else []
+                decides = [decisive(flags), budget, tokens.key, *begun]
+                directory = out / "runs" / f"{name}-{key_of(*decides)}"
                 alone = comparison.budget[0] == "minutes"
                 how = (*drawing, f"--seed={seed}")
-                runs.append(PlannedRun(comparison.name, row, seed, flags, words, how, directory, model, alone))
+                runs.append(PlannedRun(comparison.name, row, seed, flags, words, how, directory, model, alone, scored_by))
     return runs
 
 
 def decisive(flags: Flags) -> Flags:
     """What decides a run: flags that differ from their defaults, without those that change nothing of what comes out."""
-    return {
-        name: value
-        for name, value in flags.items()
-        if name not in ("workers", "log_every") and value != getattr(TrainConfig, name)
-    }
+    return {name: value for name, value in flags.items() if name not in UNDECISIVE and value != getattr(TrainConfig, name)}
 
 
 def words_of(flags: Flags) -> list[str]:
@@ -135,7 +153,29 @@ def budget_words(comparison: Comparison, flags: Flags, model: TransformerConfig)
 
 
 def figures_of(run: PlannedRun) -> Run:
-    """Of a run that has been trained and scored. Seconds are those of its steps, at their median speed: pauses do not count."""
+    """Of a run that has been trained and scored. Seconds are those of its steps, at their median speed: pauses do not count.
+
+    ValueError, with the mend, where something of it has been lost, or it was trained with other defaults than today's.
+    """
+    try:
+        _check_trained_so(run)
+        return _figures_of(run)
+    except (ValueError, OSError, LookupError, TypeError) as error:
+        raise ValueError(f"{run.directory}: {error}: remove it, and it is made again") from error
+
+
+def _check_trained_so(run: PlannedRun) -> None:
+    """Code of another day may have other defaults."""
+    checkpoint = latest_checkpoint(run.directory)
+    if checkpoint is None:
+        raise ValueError("has no whole checkpoint")
+    trained, wanted = read_description(checkpoint).training, asdict(TrainConfig(**run.flags))
+    for name in sorted((trained.keys() & wanted.keys()) - {*OF_TRAINING, *UNDECISIVE}):
+        if trained[name] != wanted[name]:
+            raise ValueError(f"was trained with --{name}={trained[name]}, not {wanted[name]}")
+
+
+def _figures_of(run: PlannedRun) -> Run:
     entries = read_metrics(run.directory)
     steps = entries[-1]["step"]
     batch = run.flags.get("bs", TrainConfig.bs)
@@ -144,7 +184,7 @@ def figures_of(run: PlannedRun) -> Run:
     return {
         **told_of(run),
         "steps": steps,
-        "training_flops": operations(run.model) * batch * steps,
+        "training_flops": None if partial_steps(run.flags) else operations(run.model) * batch * steps,
         "val_loss": curve[-1][1],
         **json.loads(run.scores.read_text()),
         "images_per_second": speed,

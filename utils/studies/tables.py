@@ -48,7 +48,10 @@ TESTED = ("val_loss", "fd", "fd_classifier", "inception_score", "fid", "is", "pr
 
 
 class Difference(NamedTuple):
-    """Of a row from the baseline, in one figure: mean and standard deviation over the seeds both have, and p, None of one."""
+    """Of a row from the baseline, in one figure: mean and standard deviation over the seeds both have, and p.
+
+    p is None of one seed, and where all seeds differ alike, by which t would be infinite: counts of images are so by chance.
+    """
 
     mean: float
     deviation: float | None
@@ -68,11 +71,11 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     if len(differences) < 2:
         return Difference(mean(differences), None, None, len(differences))
     deviation = stdev(differences)
-    if deviation < 1e-12 * max(map(abs, (*ours, *theirs, 1e-300))):  # the same every time: no t can be computed
-        p = 1.0 if abs(mean(differences)) <= deviation else 0.0
-    else:
-        p = float(ttest_rel(ours, theirs).pvalue)
-    return Difference(mean(differences), deviation, p, len(differences))
+    rounding = 1e-12 * max(map(abs, (*ours, *theirs, 1e-300)))
+    if deviation > rounding:
+        return Difference(mean(differences), deviation, float(ttest_rel(ours, theirs).pvalue), len(differences))
+    p = 1.0 if abs(mean(differences)) <= rounding else None
+    return Difference(mean(differences), 0.0, p, len(differences))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -111,6 +114,8 @@ def shown(difference: Difference, figure: Figure) -> str:
     text = f"{difference.mean * figure.factor:+{figure.form}}"
     if difference.deviation is None:
         return f"{text}, one seed: no test"
+    if difference.p is None:
+        return f"{text} with every seed: no test"
     text += f" ± {difference.deviation * figure.factor:{figure.form}}"
     p = f"p = {difference.p:.2g}" if difference.p >= 0.001 else "p < 0.001"
     return f"{text} ({p})" if difference.is_distinguishable else f"{text}, not distinguishable ({p})"
@@ -159,7 +164,9 @@ def table_of_scores(runs: Sequence[Run], comparison: str, real: Run) -> str:
         failed = sum(run["row"] == row for run in own) - len(ours)
         seeds = f"{len(ours)}, {failed} failed" if failed else str(len(ours))
         lines.append([row, seeds, *(cell(ours, key) for key in keys)])
-    lines.append(["real images", "", *(f"{real[key]:{FIGURES[key].form}}" if key in real else "" for key in keys)])
+    few = real.get("images", math.inf) < min((run.get("samples", 0) for run in own), default=0)
+    name = f"real images, {real['images']} only" if few else "real images"
+    lines.append([name, "", *(f"{real[key]:{FIGURES[key].form}}" if key in real else "" for key in keys)])
     return markdown(lines)
 
 
@@ -185,6 +192,8 @@ def fits(runs: Sequence[Run], comparison: str, fit_by: str) -> Iterator[tuple[st
     for value in dict.fromkeys(run["flags"][fit_by] for run in own):
         group = [run for run in own if run["flags"][fit_by] == value]
         for key in FITTED_OVER:
+            if any(run.get(key) is None for run in group):
+                continue
             fit = power_law([run[key] for run in group], [run["val_loss"] for run in group])
             if fit is not None:
                 yield str(value), key, group, fit
