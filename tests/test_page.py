@@ -328,7 +328,7 @@ def test_a_picture_goes_through_the_tokenizer_and_a_text_does_not(visitors, phot
     visitor.until(lambda: "not a readable image" in visitor.toasts())
 
 
-def test_a_painted_part_is_drawn_anew(visitors, photo):
+def test_a_painted_part_is_drawn_anew(visitors, photo, tmp_path):
     from selenium.webdriver import ActionChains
 
     visitor = visitors()
@@ -336,7 +336,9 @@ def test_a_painted_part_is_drawn_anew(visitors, photo):
     visitor.open_tab("Edit")
     visitor.find("#edit").click()
     visitor.until(lambda: "there is no picture yet" in visitor.toasts() or "the mask is empty" in visitor.toasts())
-    visitor.find("#editor input[type=file]").send_keys(str(photo))
+    with Image.open(photo) as small:
+        small.resize((480, 400)).save(tmp_path / "large.png")  # of a small one the brush covers every token
+    visitor.find("#editor input[type=file]").send_keys(str(tmp_path / "large.png"))
     canvas = visitor.find("#editor canvas")
     time.sleep(2)
     ActionChains(visitor.driver).move_to_element(canvas).click_and_hold().move_by_offset(12, 8).move_by_offset(
