@@ -23,6 +23,11 @@ class Kept(NamedTuple):
     tokens: list[Tensor]  # K times (h_k * w_k,) bool: these tokens are kept
     places: list[Tensor]  # K times (h_K, w_K) bool: here the sum after scale k is kept
 
+    @property
+    def keeps_any(self) -> bool:
+        """Whether any token is kept at all."""
+        return bool(torch.cat(self.tokens).any())
+
     @classmethod
     def of(cls, tokenizer: VQVAE, images: Tensor, redrawn: Tensor | None = None, keep_scales: int = 0) -> "Kept":
         """Of images (B, 3, H, W) in [-1, 1]: all places but those where `redrawn` (H, W) bool is set, None: everywhere.
@@ -50,5 +55,5 @@ class Kept(NamedTuple):
 
 
 def covered(mask: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(H, W) bool -> (h, w) bool: the cells of a coarser map in which any pixel is set."""
+    """(H, W) bool -> (h, w) bool: the cells of another map that cover any pixel that is set."""
     return F.adaptive_max_pool2d(mask[None, None].float(), shape)[0, 0] > 0

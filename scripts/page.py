@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.pages.drawing import checkpoints_below, warm_up
+from scripts.pages.drawing import checkpoints_below, load, usable
 from utils import cli
 from utils.cli import flag
 
@@ -35,6 +35,17 @@ class PageConfig:
             raise ValueError(f"--port={self.port}: give 1 to {(1 << 16) - 1}")
 
 
+def to_choose_from(config: PageConfig) -> list[str]:
+    """Transformers that can be had, the one to begin with first. ValueError and OSError where --ckpt, or none, can be."""
+    if config.ckpt:
+        load(config.ckpt)
+    given = [*([config.ckpt] if config.ckpt else []), *checkpoints_below(Path(config.runs))]
+    found = usable(given)
+    if given and not found:
+        raise ValueError(f"--runs={config.runs}: no transformer there can be used: mend one of them, or give --ckpt")
+    return found
+
+
 def main() -> None:
     config = cli.parse(PageConfig, __doc__)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
@@ -43,10 +54,7 @@ def main() -> None:
         from scripts.pages.layout import THEME, build
     except ImportError as error:
         raise ValueError(f"the page needs the package gradio: {INSTALL} ({error})") from error
-    found = [*([config.ckpt] if config.ckpt else []), *checkpoints_below(Path(config.runs))]
-    page = build(found, config.runs)
-    if found:
-        warm_up(found[0])
+    page = build(to_choose_from(config), config.runs)
     try:
         where = {"server_name": config.host, "server_port": config.port, "share": config.share}
         page.queue(default_concurrency_limit=1).launch(**where, theme=THEME, quiet=True, prevent_thread_lock=True)

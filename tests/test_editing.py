@@ -12,7 +12,7 @@ from models.editing import Kept, covered
 from models.generate import generate
 from models.pyramid import Pyramid
 from utils.checkpoint import load_tokenizer
-from utils.sampling.editing import Edited
+from utils.sampling.editing import Edited, centre_of, marked
 
 PYRAMID = Pyramid(SIDES)
 
@@ -147,6 +147,74 @@ def test_boxes_masks_and_pasted_pixels(picture, tokenizer, tmp_path):
     assert torch.equal(pasted[:, :, far], by_box.original[:, :, far].expand(2, -1, -1))
 
 
+@pytest.mark.parametrize("outside", [False, True])
+def test_no_stroke_is_too_thin(outside, small):
+    """Lines of one pixel in a picture of twenty times the size, of which the sides are cut off."""
+    side, ratio = small.config.image_shape[0], 20
+    drawn = np.zeros((side * ratio, side * ratio + 6), dtype=bool)
+    drawn[37], drawn[:, 3 + 51] = True, True
+    drawn[5 * ratio : 7 * ratio, 3 + 5 * ratio : 3 + 8 * ratio] = True
+    cells = (drawn ^ outside)[:, 3:-3].reshape(side, ratio, side, ratio).any((1, 3))
+    redrawn = marked(Image.fromarray(drawn.astype(np.uint8) * 255), small, outside)
+    assert np.array_equal(redrawn.numpy(), cells)
+
+
+def test_masks_smaller_than_the_images_are_enlarged(small):
+    height, width = small.config.image_shape
+    redrawn = marked(Image.fromarray(np.array([[0, 255], [0, 0]], np.uint8)), small)
+    expected = torch.zeros(height, width, dtype=torch.bool)
+    expected[: (height + 1) // 2, width // 2 :] = True
+    assert torch.equal(redrawn, expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "centre"),
+    [
+        ((96, 32), (16, 16), (32, 0, 64, 32)),
+        ((32, 97), (16, 16), (0, 32, 32, 65)),
+        ((40, 30), (16, 32), (0, 5, 40, 25)),
+        ((50, 50), (8, 8), (0, 0, 50, 50)),
+    ],
+)
+def test_the_centre_is_what_pictures_are_cut_to(size, shape, centre):
+    assert centre_of(size, shape) == centre
+
+
+def test_what_is_transparent_in_a_mask_is_not_drawn_anew(picture, tokenizer, tmp_path):
+    """White strokes on a transparent ground, as painting programs export them."""
+    model = load_tokenizer(tokenizer)
+    with Image.open(tmp_path / "mask.png") as mask:
+        Image.merge("LA", (Image.new("L", mask.size, 255), mask)).save(tmp_path / "strokes.png")
+    painted, plain = (
+        Edited.load(model, str(picture), str(tmp_path / name), "", outside=False, keep_scales=0).redrawn
+        for name in ("strokes.png", "mask.png")
+    )
+    assert torch.equal(painted, plain)
+
+
+def test_what_keeps_scales_or_pixels_alone_is_taken(picture, tokenizer, tmp_path, capsys):
+    """Everywhere is drawn anew, but for coarse scales; or but for pixels, which are none of any token's."""
+    model = load_tokenizer(tokenizer)
+    coarse = Edited.load(model, str(picture), "", "4,0,36,32", outside=False, keep_scales=2)
+    assert coarse.redrawn.all()
+    assert coarse.kept.keeps_any
+    assert capsys.readouterr().err == ""
+    pixels = Edited.load(model, str(picture), "", "6,0,36,32", outside=False, keep_scales=0)
+    assert not pixels.redrawn.all()
+    assert not pixels.kept.keeps_any
+    assert "--box=6,0,36,32: every token is drawn anew" in capsys.readouterr().err
+
+
+def test_what_is_cut_off_of_a_mask_is_told(picture, tokenizer, tmp_path, capsys):
+    model = load_tokenizer(tokenizer)
+    for left, told in ((4, False), (3, True)):
+        mask = Image.new("L", (40, 32), 0)
+        mask.paste(255, (left, 0, 16, 32))
+        mask.save(tmp_path / "left.png")
+        Edited.load(model, str(picture), str(tmp_path / "left.png"), "", outside=False, keep_scales=0)
+        assert ("left.png: what it marks outside of 4,0,36,32, the centre of " in capsys.readouterr().err) == told
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -164,13 +232,30 @@ def test_boxes_masks_and_pasted_pixels(picture, tokenizer, tmp_path):
             "pixels are put back into whole images: give --format=grid",
         ),
         (["--edit=TEXT", "--box=1,1,9,9"], "not a readable image"),
-        (["--edit=PHOTO", "--box=0,0,1,1", "--outside", "--keep_scales=-1"], "-1 kept scales"),
+        (["--edit=PHOTO", "--box=4,0,6,1", "--outside", "--keep_scales=-1"], "-1 kept scales"),
+        (["--edit=PHOTO", "--box=0,0,9,9"], "--box=0,0,9,9: does not lie in 4,0,36,32, the centre that "),
+        (["--edit=PHOTO", "--box=20,0,37,9", "--outside"], "--box=20,0,37,9: does not lie in 4,0,36,32, the centre that "),
+        (["--edit=PHOTO", "--mask=EDGE"], "the mask is empty within 4,0,36,32, the centre that the picture is cut to"),
+        (
+            ["--edit=PHOTO", "--mask=EDGE", "--outside"],
+            "the mask is empty within 4,0,36,32, the centre that the picture is cut to",
+        ),
+        (["--edit=PHOTO", "--mask=BLACK"], "the mask is empty: nothing would be drawn anew"),
+        (["--edit=PHOTO", "--mask=BLACK", "--outside"], "black.png --outside: nothing of it would be kept: give less of it"),
+        (["--edit=PHOTO", "--mask=WHITE"], "white.png: nothing of it would be kept: give less of it, or --keep_scales"),
+        (["--edit=PHOTO", "--box=4,0,36,32", "--paste"], "--box=4,0,36,32: nothing of it would be kept: give less of it"),
     ],
 )
 def test_wrong_words_about_editing_are_refused(flags, message, picture, tmp_path, command):
     (tmp_path / "notes.png").write_text("no picture")
-    for name, file in (("PHOTO", picture), ("SMALL", tmp_path / "small.png"), ("TEXT", tmp_path / "notes.png")):
-        flags = [flag.replace(name, str(file)) for flag in flags]
+    Image.new("L", (40, 32), 0).save(tmp_path / "black.png")
+    Image.new("L", (40, 32), 255).save(tmp_path / "white.png")
+    with Image.open(tmp_path / "black.png") as edge:
+        edge.paste(255, (0, 0, 4, 32))
+        edge.save(tmp_path / "edge.png")
+    files = {"PHOTO": "photo", "SMALL": "small", "TEXT": "notes", "BLACK": "black", "WHITE": "white", "EDGE": "edge"}
+    for name, file in files.items():
+        flags = [flag.replace(name, str(tmp_path / f"{file}.png")) for flag in flags]
     code, _, errors = command(*flags)
     assert_refused(code, errors, message)
     assert not (tmp_path / "edited.png").exists()

@@ -1,5 +1,8 @@
 """The page: what it computes, and with Gradio, Selenium and Chromium at hand, the page itself in a browser."""
 
+import json
+import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -11,11 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import assert_refused, run_in_process, script
+from commands import TINY_TOKENIZER, assert_refused, run_in_process, script
 from PIL import Image
+from small_models import small_transformer
 
 import sample
-from scripts.pages.drawing import Wish, checkpoints_below, drawn, kept_of, load, reconstructed
+from models.editing import covered
+from models.storage import Description, save_model
+from models.tokenizer import VQVAE
+from scripts.pages.drawing import NO_CLASS, Wish, checkpoints_below, drawn, kept_of, load, reconstructed, usable
+from utils import cli
+from utils.class_names import parse_classes
+from utils.runs.checkpoints import CHECKSUMS, checkpoint_path, checkpoints, seal
+from utils.sampling.config import SampleConfig
+from utils.sampling.editing import marked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,6 +64,36 @@ def test_the_command_line_of_a_picture_draws_it(trained_var, tokenizer, tmp_path
     assert {image.tobytes() for image in last.pictures} == theirs
 
 
+@pytest.mark.parametrize("label", [0, 2, NO_CLASS])
+def test_the_command_line_says_all_of_a_wish(label):
+    """To the last digit, and with a checkpoint whose name begins with a dash."""
+    numbers = {"guidance": 2.0000001, "top_k": 17, "top_p": 0.12345678, "temperature": 1 / 3}
+    wish = Wish("-runs/of mine", label, **numbers, smooth=True, seed=(1 << 63) - 1, count=3)
+    config = cli.parse(SampleConfig, "", shlex.split(wish.command())[2:])
+    assert (config.ckpt, config.num, config.seed) == (wish.checkpoint, wish.count, wish.seed)
+    assert [config.drawing(setting) for setting in config.sweep()] == [wish.how()]
+    transformer = small_transformer()
+    num_classes = transformer.config.num_classes
+    names = [f"{(n + 1) % num_classes}" for n in range(num_classes)]  # each is the label of another one
+    assert parse_classes(config.classes, names, num_classes) == [wish.label_of(transformer)]
+
+
+@pytest.mark.parametrize("label", [3, 99, -2])
+def test_a_label_that_a_checkpoint_has_not_is_refused(label, trained_var):
+    models, wish = load(str(trained_var)), Wish(str(trained_var), label, count=1)
+    with pytest.raises(ValueError, match=f"label {label}: .* has 0 to 2: choose one of its classes"):
+        next(drawn(models, wish))
+
+
+def test_a_stale_label_is_told_to_the_visitor(trained_var):
+    gradio = pytest.importorskip("gradio")
+    from scripts.pages import layout
+
+    assert dict(layout.names_of(load(str(trained_var)))) == {"cat": 0, "dog": 1, "fox": 2, "no class": NO_CLASS}
+    with pytest.raises(gradio.Error, match="label 99: "):
+        next(layout.draw(str(trained_var), 99, 1.5, 0, 0.96, 1.0, False, 0, 1, []))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -79,6 +121,11 @@ def test_reconstructions_and_edits(trained_var, photo, tmp_path):
         assert 0 < torch.stack([part.float().mean() for part in kept.places]).mean() < 1
         with pytest.raises(ValueError, match="the mask is empty"):
             kept_of(models, picture, Image.new("L", picture.size, 0))
+        with pytest.raises(ValueError, match="nothing of the picture would be kept: paint over less of it"):
+            kept_of(models, picture, Image.new("L", picture.size, 255))
+        stroke = Image.new("L", picture.size, 0)
+        stroke.paste(255, (24, 10, 40, 11))  # in no middle of a pixel of the tokenizer's
+        assert torch.equal(~kept_of(models, picture, stroke).places[-1], covered(marked(stroke, models.tokenizer), (4, 4)))
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(ValueError, match="not a readable image"):
         reconstructed(models, str(tmp_path / "notes.txt"))
@@ -89,6 +136,65 @@ def test_runs_are_found(trained_var, tokenizer, tmp_path):
     shutil.copytree(trained_var, tmp_path / "runs" / "var")
     shutil.copytree(tokenizer, tmp_path / "runs" / "tokenizer")
     assert checkpoints_below(tmp_path) == [str(tmp_path / "runs" / "var")]
+
+
+def test_runs_are_found_below_a_folder_that_is_called_checkpoints(trained_var, tmp_path):
+    run = tmp_path / "checkpoints" / "mine" / "var"
+    shutil.copytree(trained_var, run)
+    assert checkpoints_below(run.parent) == checkpoints_below(tmp_path / "checkpoints") == [str(run)]
+
+
+def without_tokenizer(run: Path, copy: Path) -> Path:
+    """A copy of a run, which names a tokenizer that is not there."""
+    shutil.copytree(run, copy)
+    for file in copy.glob("**/config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer": str(copy / "gone")}))
+    for checkpoint in checkpoints(copy):
+        (checkpoint / CHECKSUMS).unlink()
+        seal(checkpoint)
+    return copy
+
+
+def test_runs_that_cannot_be_had_are_left_out(trained_var, tmp_path, capsys):
+    gone = [str(without_tokenizer(trained_var, tmp_path / name)) for name in ("newest", "oldest")]
+    assert usable([gone[0], str(trained_var), gone[1]]) == [str(trained_var)]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    for line, run in zip(lines, gone, strict=True):
+        assert line.startswith(f"left out: {run} names its tokenizer {run}/gone, which cannot be had: put it there")
+        assert "--vae" not in line
+
+
+def test_the_page_ends_where_no_run_can_be_had(trained_var, tmp_path, capsys):
+    page, run = script("page"), without_tokenizer(trained_var, tmp_path / "var")
+    with pytest.raises(ValueError, match=f"--runs={tmp_path}: no transformer there can be used"):
+        page.to_choose_from(page.PageConfig(runs=str(tmp_path)))
+    assert f"left out: {run} names its tokenizer" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match=f"{run} names its tokenizer {run}/gone, which cannot be had"):
+        page.to_choose_from(page.PageConfig(runs="nowhere", ckpt=str(run)))
+    assert page.to_choose_from(page.PageConfig(runs="nowhere")) == []
+
+
+def test_a_tokenizer_that_is_another_one_by_now_is_refused(trained_var, tmp_path):
+    run = without_tokenizer(trained_var, tmp_path / "var")
+    torch.manual_seed(9)
+    (run / "gone").mkdir()
+    save_model(run / "gone", VQVAE(TINY_TOKENIZER), Description("tokenizer"))
+    with pytest.raises(ValueError, match=f"{run}: was trained on tokens of another tokenizer than {run}/gone"):
+        load(str(run))
+
+
+def test_a_run_that_goes_on_is_loaded_again(trained_var, tmp_path):
+    run = tmp_path / "var"
+    shutil.copytree(trained_var, run)
+    first = load(str(run))
+    assert load(str(run)) is first
+    newer = checkpoint_path(run, 4)
+    shutil.copytree(checkpoint_path(run, 2), newer)
+    assert load(str(run)) is not first
+    second = load(str(run))
+    os.utime(newer / "model.safetensors", ns=(1, 1))  # as if written again
+    assert load(str(run)) is not second
 
 
 def test_a_port_that_is_none_is_refused(monkeypatch, capsys):
@@ -222,7 +328,7 @@ def test_a_picture_goes_through_the_tokenizer_and_a_text_does_not(visitors, phot
     visitor.until(lambda: "not a readable image" in visitor.toasts())
 
 
-def test_a_painted_part_is_drawn_anew(visitors, photo):
+def test_a_painted_part_is_drawn_anew(visitors, photo, tmp_path):
     from selenium.webdriver import ActionChains
 
     visitor = visitors()
@@ -230,7 +336,9 @@ def test_a_painted_part_is_drawn_anew(visitors, photo):
     visitor.open_tab("Edit")
     visitor.find("#edit").click()
     visitor.until(lambda: "there is no picture yet" in visitor.toasts() or "the mask is empty" in visitor.toasts())
-    visitor.find("#editor input[type=file]").send_keys(str(photo))
+    with Image.open(photo) as small:
+        small.resize((480, 400)).save(tmp_path / "large.png")  # of a small one the brush covers every token
+    visitor.find("#editor input[type=file]").send_keys(str(tmp_path / "large.png"))
     canvas = visitor.find("#editor canvas")
     time.sleep(2)
     ActionChains(visitor.driver).move_to_element(canvas).click_and_hold().move_by_offset(12, 8).move_by_offset(

@@ -7,7 +7,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from scripts.pages.drawing import Models, Wish, drawn, kept_of, load, reconstructed
+from scripts.pages.drawing import NO_CLASS, Models, Wish, drawn, kept_of, load, reconstructed
 from utils import plots
 
 NO_MODEL = """**There is no transformer below `{runs}` yet.** `make demo` trains a tokenizer and a transformer on the embedded
@@ -65,7 +65,7 @@ def build(checkpoints: list[str], runs: str) -> gr.Blocks:
 
 def names_of(models: Models) -> list[tuple[str, int]]:
     """(name, label) of every class, and of none."""
-    return [*((name, label) for label, name in enumerate(models.names)), ("no class", len(models.names))]
+    return [*((name, label) for label, name in enumerate(models.names)), ("no class", NO_CLASS)]
 
 
 def told_to_visitor(message: object) -> gr.Error:
