@@ -1,6 +1,7 @@
 import json
 import math
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from commands import (
     make_images,
     run_in_process,
     run_in_shell,
+    script,
 )
 from forked import run_forked
 from safetensors import safe_open
@@ -333,6 +335,26 @@ def test_help_explains_every_flag(command):
     code, output, _ = command("--help")
     assert code == 0
     assert "peak learning rate per 256 images" in " ".join(output.split())
+
+
+def test_a_cache_finds_its_tokenizer_beside_it_and_says_when_it_is_gone(images, tokenizer, tmp_path, monkeypatch, capsys):
+    made, elsewhere = tmp_path / "made", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(tokenizer, made / "tokenizer")
+    monkeypatch.chdir(made)
+    words = ["--vae=tokenizer", "--data_path", images, "--out=tokens"]
+    assert run_in_process(script("cache_tokens").main, words, monkeypatch, capsys)[0] == 0
+    monkeypatch.chdir(elsewhere)
+    config = parse(f"--token_cache=../made/tokens --depth=1 --local_out_dir_path={tmp_path / 'run'}")
+    trainer = train.build_trainer(config, Ranks(0, 1, torch.device("cpu")))
+    assert Path(trainer.task.description().tokenizer).resolve() == made / "tokenizer"
+    (made / "tokenizer").rename(elsewhere / "other")
+    with pytest.raises(
+        FileNotFoundError, match="made/tokens names its tokenizer tokenizer, which cannot be had: give --vae"
+    ) as error:
+        train.build_trainer(config, Ranks(0, 1, torch.device("cpu")))
+    assert "\n" not in str(error.value)
+    train.build_trainer(replace(config, vae="other"), Ranks(0, 1, torch.device("cpu")))
 
 
 # --- from other weights -------------------------------------------------------------------------------------------------

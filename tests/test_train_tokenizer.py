@@ -104,7 +104,7 @@ def test_bfloat16_trains(images, tmp_path, command):
         (["--bs=0"], "--bs=0: give a number above 0"),
         (["--best=val_fd"], "--best=val_fd: it is measured with --val_fd alone"),
         (["--best=val_ssim"], "--best=val_ssim: validations have no such figure here"),  # of images of 8 pixels
-        (["--gan_least=2"], "--gan_least=2.0 is above --gan_most=1.0"),
+        (["--gan_least=2", "--gan_adaptive"], "--gan_least=2.0 is above --gan_most=1.0"),
         (["--gan_features=dino"], "--gan_features=dino: needs --gan_weights and --gan_sha256"),
         (["--gan_features=dino", "--gan_weights=/missing", "--gan_sha256=0"], "/missing: no such file of weights"),
         (["--gan_weights=x"], "--gan_weights=x: is read with --gan_features=dino alone"),

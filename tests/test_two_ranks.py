@@ -19,8 +19,6 @@ from utils.runs.saving import read_numbers
 LEARN = ["--tblr=0.05", "--alng=0.1", "--wp=0.1"]  # so fast that every difference between two runs shows
 STILL = ["--drop_path=0"]  # the one thing that each rank draws for itself
 SHARDED = ["--parallel=fsdp"]
-
-
 OF_CACHE = ["--data_path=imagenet"]  # the default: a cache has no images
 
 
