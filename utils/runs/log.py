@@ -84,7 +84,7 @@ class RunLog:
             self.pictures.mkdir(exist_ok=True)
             plots.save(picture, path)
         except OSError as error:
-            self._complain(f"{path}: left out, for it could not be written ({reason(error)}): make room there")
+            self._complain(f"a picture is left out: {error}")
         self.curves.add(SummaryWriter.add_image, name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
         self.curves.add(SummaryWriter.flush)  # pictures are rare: each is there to be looked at now
 
@@ -127,7 +127,7 @@ class RunLog:
             self._append(path, "")
         for path, lines in self.unwritten.items():
             count = len(lines.splitlines())
-            self._complain(f"{path}: could not be written to the end: its last {count} lines are lost")
+            self._complain(f"{path}: could not be written to the end, lines lost: {count}")
 
     def _append(self, path: Path, line: str) -> None:
         """To the end of a file, after what still waits for that."""
