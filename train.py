@@ -22,8 +22,9 @@ from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from trainer import Trainer
 from utils import cli
-from utils.checkpoint import load_fitting_tokenizer, load_tokenizer_for, load_transformer
-from utils.data.images import Pictures
+from utils.checkpoint import find_beside, load_fitting_tokenizer, load_tokenizer_for, load_transformer
+from utils.data.images import Pictures, listing_hash
+from utils.data.pictures import background_colour
 from utils.data.sources import CachedData, FolderData
 from utils.data.token_cache import is_of, read_manifest
 from utils.files import check_folder
@@ -47,8 +48,23 @@ def tokenizer_source(config: TrainConfig) -> str:
     if config.vae:
         return config.vae
     if config.token_cache:
-        return read_manifest(config.token_cache).tokenizer
+        return find_beside(read_manifest(config.token_cache).tokenizer, config.token_cache)
     return RELEASED_TOKENIZER if Path(RELEASED_TOKENIZER).exists() else HUB_TOKENIZER
+
+
+def tokenizer_of(config: TrainConfig) -> VQVAE:
+    """From `tokenizer_source`. FileNotFoundError or ValueError where it cannot be had, or is of another pyramid than --pn."""
+    source = tokenizer_source(config)
+    try:
+        if config.token_cache and not config.pn:
+            return load_tokenizer_for(source, read_manifest(config.token_cache).pyramid)
+        return load_fitting_tokenizer(source, config.pn)
+    except FileNotFoundError as error:
+        if config.vae or not config.token_cache:
+            raise
+        raise FileNotFoundError(
+            f"{config.token_cache} names its tokenizer {source}, which cannot be had: give --vae ({error})"
+        ) from error
 
 
 def build_data(config: TrainConfig, tokenizer: VQVAE, images: tuple[Pictures, Pictures] | None) -> FolderData | CachedData:
@@ -73,13 +89,25 @@ def build_fidelity(
     how = tokenizer.config.image_shape[0], source.resize, config.workers, ranks, config.background
     drawing = read_sampling(config.val_drawing)
     drawing.guided(tokenizer.pyramid.num_scales)
-    fidelity = Fidelity(*images, config.val_fd, *how, drawing)
-    if fidelity.train.class_names != source.class_names:
+    return Fidelity(*images, config.val_fd, *how, drawing)
+
+
+def check_images_of_cache(config: TrainConfig, train: Pictures, val: Pictures, ranks: Ranks) -> None:
+    """ValueError unless the images beside a token cache are those that it was made from, on the same background."""
+    manifest = read_manifest(config.token_cache)
+    given, cache = f"--data_path={config.data_path}", f"the token cache {config.token_cache}"
+    if train.class_names != manifest.class_names:
+        raise ValueError(f"{given}: its classes are not those of {cache}: give the images that it was made from, or --val_fd=0")
+    if ranks.once(lambda: listing_hash(train, val)) != manifest.listing:
+        counts = f"{manifest.rows['train'] // manifest.views:,} + {manifest.rows['val']:,}"
         raise ValueError(
-            f"--data_path={config.data_path}: its classes are not those of the token cache {config.token_cache}: "
-            "give the images that it was made from, or --val_fd=0"
+            f"{given}: its {len(train):,} + {len(val):,} images are not the {counts} of {cache}: give those that it was made "
+            "from, with the same --val_share and --skip_bad, or --val_fd=0"
         )
-    return fidelity
+    if background_colour(config.background) != background_colour(manifest.background):
+        raise ValueError(
+            f"--background={config.background}: {cache} was made with another: give --background={manifest.background}"
+        )
 
 
 def start_from_(
@@ -185,15 +213,14 @@ def build_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
     if needs_images:
         check_images(config)
     seed = chosen_seed(config.seed, Path(config.local_out_dir_path), ranks)
+    tokenizer = tokenizer_of(config)
     config = replace(config, seed=seed, vae=tokenizer_source(config))
-    if config.token_cache and not config.pn:
-        tokenizer = load_tokenizer_for(config.vae, read_manifest(config.token_cache).pyramid)
-    else:
-        tokenizer = load_fitting_tokenizer(config.vae, config.pn)
     images, told = None, []
     if needs_images:
         *images, told = images_of(config, ranks, Path(config.local_out_dir_path) / RECORD)
     source = build_data(config, tokenizer, images)
+    if config.token_cache and config.val_fd:
+        check_images_of_cache(config, *images, ranks)
     if config.token_cache and ranks.is_main:
         source.verify()
     torch.manual_seed(config.seed)

@@ -23,7 +23,7 @@ from models.storage import weights_hash
 from utils import cli, evidence, plots
 from utils.checkpoint import load_tokenizer
 from utils.cli import argument, flag, required
-from utils.data.hub_sets import IMAGE_COLUMN_HELP
+from utils.data.hub_sets import IMAGE_COLUMN_HELP, is_hub_set
 from utils.data.pictures import BACKGROUND_HELP, WHITE
 from utils.dump import finished_settings, read_settings
 from utils.files import check_file
@@ -35,6 +35,7 @@ from utils.metrics.image_sets import (
     FittedImages,
     FolderImages,
     ImageSet,
+    NpzImages,
     Reference,
     Statistics,
     open_images,
@@ -182,6 +183,20 @@ def check_sets(config: EvaluateConfig, samples: ImageSet, reference: Reference, 
         check_count(config.reference, reference.images.count, 2 * needed, f"halves and {reason}")
 
 
+def check_told(config: EvaluateConfig | StatsConfig | ReconstructionConfig, sources: list[str], *sets: ImageSet | None) -> None:
+    """ValueError for flags that say how images are read, where no set is read so. sources: of all sets, as they are named."""
+    pictures, archived = (any(isinstance(images, kind) for images in sets) for kind in (FolderImages, NpzImages))
+    is_named = any(isinstance(images, NpzImages) and images.array == config.array for images in sets)
+    of_files = "no .npz has such an array" if archived else "is of an .npz, and none is read"
+    for name, needed, reason in (
+        ("array", is_named, f"{of_files}: leave it out"),
+        ("background", pictures, "shows through pictures of folders and data sets, and none are read: leave it out"),
+        ("image_column", any(map(is_hub_set, sources)), "is of data sets, hf:..., and none is read: leave it out"),
+    ):
+        if not needed:
+            cli.check_idle(config, [name], reason)
+
+
 # --- measuring ----------------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +316,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> None:
         how = config.background, config.array, config.image_column, config.any_statistics
         reference = open_reference(config.reference, config.extractor, *how)
         real = open_images(config.real, config.background, image_column=config.image_column) if config.real else None
+        sources = [config.samples, config.reference, config.real]
+        check_told(config, sources, samples, reference.images, real)
         check_sets(config, samples, reference, real)
         classes = read_classes(samples, reference) if config.by_class else None
 
@@ -340,6 +357,7 @@ def stats(config: StatsConfig, ranks: Ranks) -> None:
     with ranks.failing_together():
         check_free(config.out, "--out", config.overwrite)
         images = open_images(config.images, config.background, config.array, config.image_column)
+        check_told(config, [config.images], images)
         check_count(images.source, images.count, 2, "a covariance needs")
     extractor = load(config, ranks)
     statistics = measure(extractor, images, config.batch, ranks, keep_features=False).statistics
@@ -356,6 +374,7 @@ def reconstruction(config: ReconstructionConfig, ranks: Ranks) -> None:
         check_free(config.json, "--json", config.overwrite)
         check_free(config.out, "--out", config.overwrite)
         whole = open_images(config.images, config.background, config.array, config.image_column)
+        check_told(config, [config.images], whole)
         reason = f"--num={config.num} needs" if config.num else "a covariance needs"
         check_count(whole.source, whole.count, config.num or 2, reason)
         tokenizer = load_tokenizer(config.vae).to(ranks.device)

@@ -176,7 +176,7 @@ def test_a_run_of_adapters_is_not_gone_on_with_whole_nor_the_other_way_round(wor
     [
         (["--lora=2"], "--lora=2: adapters are nothing without trained weights: give --init_from"),
         (["--lora=-1"], "--lora=-1, --lora_alpha=0.0: give numbers of at least 0"),
-        (["--lora_parts=mamba"], "--lora_alpha and --lora_parts are of adapters: give --lora, their rank"),
+        (["--lora_parts=mamba"], "--lora_parts=mamba: is of adapters: give --lora, their rank, or leave it out"),
         (
             ["--init_from=START", "--family=markov", "--lora=2", "--lora_parts=mamba"],
             "--lora_parts=mamba: no part 'mamba' with linear layers for adapters: give some of modulation, feed-forward",

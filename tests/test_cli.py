@@ -48,6 +48,9 @@ def test_flags_fill_the_dataclass(words, expected):
     [
         ([], "arguments are required: --source"),
         (["--source=a", "--size=-1"], "--size=-1: give 0 or more"),
+        (["--source=a", "--rate=nan"], "argument --rate: 'nan' is not finite: give a number that ends"),
+        (["--source=a", "--rate=-inf"], "'-inf' is not finite"),
+        (["--source=a", "--rate=often"], "invalid float value: 'often'"),
         (["--source=a", "--fast=maybe"], "'maybe' is neither true nor false"),
         (["--source=a", "--siz=1"], "unrecognized arguments: --siz=1"),
     ],

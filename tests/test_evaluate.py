@@ -535,6 +535,39 @@ def test_input_that_cannot_be_scored_gets_one_line(tmp_path, small, command, wor
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["samples.npz", "statistics.npz", "--background=black"],
+            "--background=black: shows through pictures of folders and data",
+        ),
+        (["samples.npz", "real.npz", "--image_column=x"], "--image_column=x: is of data sets, hf:..., and none is read"),
+        (["pictures", "statistics.npz", "--array=x"], "--array=x: is of an .npz, and none is read: leave it out"),
+        (["pictures", "real.npz", "--array=x"], "--array=x: no .npz has such an array: leave it out"),
+        (["stats", "pictures", "--out", "none.npz", "--array=x"], "--array=x: is of an .npz, and none is read: leave it out"),
+        (["stats", "real.npz", "--out", "none.npz", "--background=black"], "--background=black: shows through pictures"),
+        (["reconstruction", "real.npz", "--vae=x", "--background=black"], "--background=black: shows through pictures"),
+        (["samples.npz", "pictures", "--background=black", "--array=arr_0"], ""),
+        (["pictures", "real.npz", "--array=arr_0"], ""),
+    ],
+)
+def test_what_is_said_of_sets_that_are_not_read_is_refused(tmp_path, small, command, words, message):
+    save(tmp_path, samples=some_images(30, seed=1), real=some_images(40))
+    assert command("stats", "real.npz", "--out", "statistics.npz")[0] == 0
+    (tmp_path / "pictures").mkdir()
+    for number, image in enumerate(some_images(5)):
+        Image.fromarray(image).save(tmp_path / "pictures" / f"{number}.png")
+    code, _, errors = command(*words)
+    if not message:
+        assert code == 0, errors
+        return
+    assert code == 1
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "none.npz").exists()
+
+
 class Trap:
     """An object that writes a file when it is unpickled."""
 

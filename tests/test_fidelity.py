@@ -74,10 +74,23 @@ def test_a_token_cache_takes_its_images_from_the_data_path(images, tokenizer, tm
     real = float(re.search(r"FD-EffLite0 of 20 training images from the held-out ones: ([\d.]+)", output)[1])
     stored = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert stored["val_fd_real"] == pytest.approx(real, abs=0.01)
+    words[-1] = tmp_path / "other"
+    code, _, errors = run_in_process(train.main, [*words, "--data_path", images, "--background=black"], monkeypatch, capsys)
+    assert code == 1
+    assert f"the token cache {tmp_path / 'tokens'} was made with another: give --background=white" in errors
+    fewer = shutil.copytree(images, tmp_path / "fewer")
+    (fewer / "val" / "cat" / "2.png").unlink()
+    code, _, errors = run_in_process(train.main, [*words, "--data_path", fewer], monkeypatch, capsys)
+    assert code == 1
+    assert "its 24 + 8 images are not the 24 + 9 of the token cache" in errors
+    (fewer / "val" / "cat" / "3.png").touch()
+    code, _, errors = run_in_process(train.main, [*words, "--data_path", fewer], monkeypatch, capsys)
+    assert code == 1
+    assert "its 24 + 9 images are not the 24 + 9 of the token cache" in errors
+    assert "give those that it was made from, with the same --val_share and --skip_bad, or --val_fd=0" in errors
     other = shutil.copytree(images, tmp_path / "images")
     for split in ("train", "val"):
         (other / split / "cat").rename(other / split / "wolf")
-    words[-1] = tmp_path / "other"
     code, _, errors = run_in_process(train.main, [*words, "--data_path", other], monkeypatch, capsys)
     assert code == 1
     assert "its classes are not those of the token cache" in errors

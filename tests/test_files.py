@@ -28,7 +28,7 @@ def test_written_aside_appears_under_its_name_at_the_end(tmp_path):
 def test_a_full_disk_is_told_with_the_file_and_leaves_the_older_one(tmp_path):
     target = tmp_path / "figures.json"
     target.write_text("old")
-    told = pytest.raises(OSError, match="figures.json: could not be written .File too large.: give another name")
+    told = pytest.raises(OSError, match="figures.json: could not be written .File too large.: make room there, or give")
     with told, replace_file(target):
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

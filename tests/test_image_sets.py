@@ -1,5 +1,6 @@
 import io
 import math
+import resource
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -239,6 +240,17 @@ def test_statistics_come_back_as_they_were(tmp_path, spatial_dim):
     else:
         assert found.spatial is None
     assert [file.name for file in path.parent.iterdir()] == ["s.npz"]
+
+
+def test_statistics_that_find_no_room_leave_nothing(tmp_path):
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, usual[1]))
+    try:
+        with pytest.raises(OSError, match="s.npz: could not be written .File too large.: make room there"):
+            write_statistics(tmp_path / "s.npz", some_statistics(), "small", "abc")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,32 @@ def test_what_cannot_be_mapped_is_refused(flat, file, text, message):
     assert "\n" not in str(error.value)
 
 
+ONE_STEM = ("val/a.jpg", "val/a.png")
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([f"a.png {DOG}", f"a.jpg {CAT}"], {"val/a.png": DOG, "val/a.jpg": CAT}),
+        ([f"a.png {DOG}", f"a.jpg {CAT}", f"a.png {DOG}"], {"val/a.png": DOG, "val/a.jpg": CAT}),  # twice the same
+        ([f"a.png {DOG}", f"a {CAT}"], {"val/a.png": DOG, "val/a.jpg": CAT}),
+        ([f"a.png {DOG}", f"a.jpg {CAT}", f"a.png {CAT}"], f"val/a.png: .*val.txt says .* classes '{DOG}' and '{CAT}'"),
+        ([f"a {DOG}"], r"val/a.png: .*val.txt has 'a' for it and .*val/a.jpg: give names with their endings"),
+        ([f"a.png {DOG}"], "val/a.jpg: .*val.txt does not say of which class"),
+        ([f"a.png {DOG}", f"a.bmp {DOG}", f"a.webp {CAT}"], f"val/a.jpg: .*says .* classes '{DOG}' and '{CAT}'"),
+    ],
+)
+def test_a_name_with_its_ending_means_that_picture_and_none_is_given_two_classes(tmp_path, lines, expected):
+    add(tmp_path, f"train/{CAT}/0.JPEG", f"train/{DOG}/0.JPEG", *ONE_STEM)
+    (tmp_path / "val.txt").write_text("\n".join(lines))
+    if isinstance(expected, dict):
+        assert held_out(tmp_path) == expected
+        return
+    with pytest.raises(ValueError, match=expected) as error:
+        held_out(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 # --- a share held out ---------------------------------------------------------------------------------------------------
 
 

@@ -198,7 +198,10 @@ def test_a_tokenizer_is_trained_on_a_share_and_without_bad_files(spoilt, tmp_pat
     [
         (["--max_bad=1"], "--max_bad=1.0: give a share from 0 to below 1"),
         (["--val_share=-0.1"], "--val_share=-0.1: give a share from 0 to below 1"),
-        (["--skip_bad", "--token_cache=x"], "--val_share and --skip_bad are of images: give them to scripts/cache_tokens.py"),
+        (
+            ["--skip_bad", "--token_cache=x"],
+            "--skip_bad=True: is of images, and --token_cache has none: give it to scripts/cache_tokens.py",
+        ),
     ],
 )
 def test_wrong_flags_get_one_line(flags, message, monkeypatch, capsys):

@@ -1,12 +1,18 @@
+import contextlib
 import json
 import math
+import os
+import queue
+import resource
 import sys
+import threading
 
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 
-from utils.runs.log import RunLog, clock, console_line, read_entries, read_metrics, read_repeatable_metrics
+from utils.runs.log import RunLog, clock, console_line, read_entries, read_metrics, read_repeatable_metrics, silent_writer
 
 FIGURES = {
     "loss": 6.1234,
@@ -163,6 +169,66 @@ def test_text_is_kept_with_its_time(tmp_path, capsys):
     log.close()
     assert capsys.readouterr().out == "step 3 done\n"
     assert (tmp_path / "log.txt").read_text().endswith(" step 3 done\n")
+
+
+@contextlib.contextmanager
+def little_room(size: int):
+    """No file may become larger than this many bytes."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
+def test_a_full_disk_is_told_once_and_lines_wait_for_room(tmp_path, capsys):
+    log = RunLog(tmp_path, is_main=True)
+    log.metrics(1, {"loss": 1.0})
+    log.classes(1, [1.0], [0.5])
+    with little_room(120):
+        for step in (2, 3, 4, 5):
+            log.metrics(step, {"loss": 1.0 / step})
+            log.text(f"step {step} " + 60 * ".")
+        log.image(5, "samples", Image.effect_noise((64, 64), 50).convert("RGB"))
+    told = capsys.readouterr().err.splitlines()
+    for name in ("metrics.jsonl: could", "log.txt: could", "TensorBoard's file could", "a picture is left out: "):
+        assert sum(name in line for line in told) == 1, told
+    assert len(told) == 4
+    assert all(line.startswith("warning: ") and "File too large" in line and "make room" in line for line in told)
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2]  # no part of a line is left
+    log.metrics(6, {"loss": 0.1})
+    log.close()
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "log.txt").read_text().count("\n") == 4
+    assert list((tmp_path / "pictures").iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_what_never_found_room_is_told_at_the_end(tmp_path, capsys):
+    with little_room(10):
+        log = RunLog(tmp_path, is_main=True)
+        log.metrics(1, {"loss": 1.0})
+        log.metrics(2, {"loss": 1.0})
+        log.close()
+    told = capsys.readouterr().err
+    assert "TensorBoard's file could not be written (File too large)" in told
+    assert f"{tmp_path / 'metrics.jsonl'}: could not be written to the end, lines lost: 2" in told
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_other_threads_still_say_what_ended_them(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: seen.append(arguments.exc_type))
+    with silent_writer():
+        other = threading.Thread(target=lambda: [][0])
+        writer = _AsyncWriterThread(queue.Queue(), None, 1)
+        monkeypatch.setattr(writer, "_run", lambda: os.stat(tmp_path / "gone"))
+        for thread in (other, writer):
+            thread.start()
+            thread.join()
+    assert seen == [IndexError]
+    assert isinstance(writer.exception, FileNotFoundError)
 
 
 @pytest.mark.parametrize("line", ["loss 3", "3", '{"loss": 3}', '{"step": "x"}', "\x00\xff"])

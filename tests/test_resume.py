@@ -86,7 +86,7 @@ def test_the_same_command_resumes_and_ends_as_if_never_stopped(flags, source, tm
 def test_a_run_from_cached_views_resumes_too(source, images, tokenizer, tmp_path, command, monkeypatch, capsys):
     words = ["--vae", tokenizer, "--data_path", images, "--out", tmp_path / "cache", "--views=2"]
     assert run_in_process(script("cache_tokens").main, words, monkeypatch, capsys)[0] == 0
-    flags = [*source, "--token_cache", tmp_path / "cache", "--local_out_dir_path"]
+    flags = [*source, "--data_path=imagenet", "--token_cache", tmp_path / "cache", "--local_out_dir_path"]
     for name in ("whole", "stopped"):
         assert command(*flags, tmp_path / name)[0] == 0
     shutil.rmtree(checkpoint_path(tmp_path / "stopped", 4))

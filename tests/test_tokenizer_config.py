@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from models.discriminator import DiscriminatorConfig
@@ -33,3 +35,45 @@ def test_a_pyramid_and_the_lookup_can_be_others_than_the_presets():
     config = parsed("--preset=f8-32", "--pn=1_2_4", "--cosine")
     assert (config.sizes().sides, config.sizes().normalize_lookup) == ((1, 2, 4), True)
     assert parsed("--preset=f8-32").sizes() == TOKENIZER_PRESETS["f8-32"]
+
+
+@pytest.mark.parametrize("preset", TOKENIZER_PRESETS)
+def test_without_a_discriminator_only_what_is_given_of_it_is_refused(preset, capsys):
+    given = ["--gan_width=8", "--gan_lr=0.5", "--gan_norm=1", "--gan_layers=4", "--gan_from=0.6", "--gan_ramp=0.6"]
+    given += ["--gan_adaptive=1", "--diffaug=1", "--lecam=0.1"]
+    given = [flag for flag in given if f8(preset) or flag not in ("--gan_norm=1", "--gan_adaptive=1", "--diffaug=1")]
+    for words in ([], ["--refine=run"]):
+        assert parsed(f"--preset={preset}", "--gan=0", *words).gan == 0
+        for flag in given:
+            with pytest.raises(SystemExit):
+                parsed(f"--preset={preset}", "--gan=0", *words, flag)
+            assert f"{flag.split('=')[0]}=" in capsys.readouterr().err
+
+
+def f8(preset: str) -> bool:
+    """Whether the recipe is that of small presets, which says nothing of the discriminator."""
+    return "gan" not in RECIPES[preset]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--gan_most=2", "--gan_most=2.0: is of --gan_adaptive: give that, or leave it out"),
+        ("--gan_sha256=0", "--gan_sha256=0: is read with --gan_features=dino alone"),
+        ("--lpips_weights=x", "--lpips_weights=x: is read with --lpips alone"),
+        ("--lpips_sha256=0", "--lpips_sha256=0: is read with --lpips alone"),
+        ("--perceptual_logits=1", "--perceptual_logits=1.0: is of --perceptual: give that, or leave it out"),
+        ("--max_bad=0.5", "--max_bad=0.5: is of --skip_bad: give that, or leave it out"),
+        ("--lr=nan", "'nan' is not finite"),
+    ],
+)
+def test_flags_that_would_change_nothing_are_refused(flag, message, capsys):
+    with pytest.raises(SystemExit):
+        parsed("--preset=f8-32", flag)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "max_minutes", "l1", "gan_from", "resize"])
+def test_what_is_no_number_is_no_value_of_any_flag(name):
+    with pytest.raises(ValueError, match=f"--{name}=nan: "):
+        TokenizerTraining("x", "y", **{name: math.nan})

@@ -1,5 +1,8 @@
 import json
+import math
 import shlex
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,10 +10,12 @@ import torch
 from commands import (
     D12,
     SMALL,
+    TINY_TOKENIZER,
     assert_refused,
     make_images,
     run_in_process,
     run_in_shell,
+    script,
 )
 from forked import run_forked
 from safetensors import safe_open
@@ -23,6 +28,7 @@ from utils.checkpoint import load_description, load_transformer
 from utils.runs.checkpoints import checkpoints
 from utils.runs.config import TrainConfig
 from utils.runs.log import read_metrics
+from utils.runs.plan import step_plan
 
 
 @pytest.fixture
@@ -105,6 +111,56 @@ def test_the_gate_of_the_feed_forward_is_initialised_as_told(flags, expected, im
 
 def test_long_names_stand_beside_the_released_ones():
     assert parse("--base_lr=3e-4 --epochs=7 --grad_clip=1") == parse("--tblr=3e-4 --ep=7 --tclip=1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"token_cache": "x", "hflip": True},
+            "--hflip=True: is a setting of the token cache: give it to scripts/cache_tokens.py",
+        ),
+        (
+            {"token_cache": "x", "val_fd": 2, "vae_precision": "float16"},
+            "--vae_precision=float16: is a setting of the token cache",
+        ),
+        ({"token_cache": "x", "data_path": "y"}, "--data_path=y: is of images, and --token_cache has none"),
+        ({"token_cache": "x", "background": "black"}, "--background=black: is of images, and --token_cache has none"),
+        ({"token_cache": "x", "image_column": "y"}, "--image_column=y: is of images, and --token_cache has none"),
+        ({"token_cache": "x", "label_column": "y"}, "--label_column=y: is of images, and --token_cache has none"),
+        ({"token_cache": "x", "max_bad": 0.5}, "--max_bad=0.5: is of images, and --token_cache has none"),
+        ({"max_bad": 0.5}, "--max_bad=0.5: is of --skip_bad: give that, or leave it out"),
+        ({"pg0": 2}, "--pg0=2: is of progressive training: give --pg, or leave it out"),
+        ({"pgwp": 2.0}, "--pgwp=2.0: is of progressive training: give --pg, or leave it out"),
+    ],
+)
+def test_flags_that_would_change_nothing_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**flags)
+
+
+def test_beside_a_cache_what_is_of_images_counts_with_val_fd():
+    flags = {"data_path": "y", "background": "black", "image_column": "a", "skip_bad": True, "max_bad": 0.5}
+    assert TrainConfig(token_cache="x", val_fd=2, **flags).background == "black"
+
+
+@pytest.mark.parametrize("name", ["tblr", "tclip", "twd", "ep", "wpe", "max_minutes", "pgwp", "mid_reso"])
+def test_what_is_no_number_is_no_value_of_any_flag(name):
+    with pytest.raises(ValueError, match=f"--{name if name != 'mid_reso' else 'resize'}=nan: "):
+        TrainConfig(**{"pg": 0.5, name: math.nan})
+
+
+@pytest.mark.parametrize(
+    ("pg0", "sides", "mend"), [(2, 4, ""), (3, 4, "give --pg0=2 or less"), (0, 2, ""), (0, 1, "leave it out")]
+)
+def test_progressive_training_has_a_scale_to_come(pg0, sides, mend):
+    tokenizer = replace(TINY_TOKENIZER, sides=tuple(range(1, sides + 1)))
+    config = TrainConfig(depth=1, pg=0.5, pg0=pg0)
+    if not mend:
+        assert step_plan(config, config.transformer_config(tokenizer, 3), 0.0, 0).num_scales == pg0 + 1
+        return
+    with pytest.raises(ValueError, match=f"--pg=0.5 --pg0={pg0}: starts with {pg0 + 1} scales.*: {mend}"):
+        config.transformer_config(tokenizer, 3)
 
 
 # --- running ------------------------------------------------------------------------------------------------------------
@@ -233,14 +289,15 @@ def test_wrong_folders_get_one_line(change, message, images, tokenizer, tmp_path
         (["--max_steps=-5"], "--max_steps=-5: give 0 or more"),
         (["--mid_reso=0.5"], "must not become smaller than their final size"),
         (["--pn=250"], "a single number is an image size"),
-        (["--token_cache=x", "--hflip"], "--hflip and --mid_reso are settings of the token cache"),
         (["--family=gpt"], "invalid choice: 'gpt'"),
         (["--heads=5"], "width 64 is no multiple of heads 5"),
         (["--vae=missing.pth"], "missing.pth: no such file"),
         (["--cca_beta=3"], "--cca_beta=3.0: is of --objective=cca: give that, or leave it out"),
         (["--val_drawing=cfg=2"], "--val_drawing=cfg=2: is of the samples of --val_fd: give that, or leave it out"),
         (["--global_blocks=7"], "--global_blocks=7: give 0 to 2"),
-        (["--token_cache=/does/not/exist"], "no finished token cache"),
+        (["--token_cache=/does/not/exist", "--data_path=imagenet"], "no finished token cache"),
+        (["--pg=0.5"], "--pg=0.5 --pg0=4: starts with 5 scales, pyramid 1_2_3_4 has 4: give --pg0=2 or less, or no --pg"),
+        (["--tblr=nan"], "'nan' is not finite"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -278,6 +335,26 @@ def test_help_explains_every_flag(command):
     code, output, _ = command("--help")
     assert code == 0
     assert "peak learning rate per 256 images" in " ".join(output.split())
+
+
+def test_a_cache_finds_its_tokenizer_beside_it_and_says_when_it_is_gone(images, tokenizer, tmp_path, monkeypatch, capsys):
+    made, elsewhere = tmp_path / "made", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(tokenizer, made / "tokenizer")
+    monkeypatch.chdir(made)
+    words = ["--vae=tokenizer", "--data_path", images, "--out=tokens"]
+    assert run_in_process(script("cache_tokens").main, words, monkeypatch, capsys)[0] == 0
+    monkeypatch.chdir(elsewhere)
+    config = parse(f"--token_cache=../made/tokens --depth=1 --local_out_dir_path={tmp_path / 'run'}")
+    trainer = train.build_trainer(config, Ranks(0, 1, torch.device("cpu")))
+    assert Path(trainer.task.description().tokenizer).resolve() == made / "tokenizer"
+    (made / "tokenizer").rename(elsewhere / "other")
+    with pytest.raises(
+        FileNotFoundError, match="made/tokens names its tokenizer tokenizer, which cannot be had: give --vae"
+    ) as error:
+        train.build_trainer(config, Ranks(0, 1, torch.device("cpu")))
+    assert "\n" not in str(error.value)
+    train.build_trainer(replace(config, vae="other"), Ranks(0, 1, torch.device("cpu")))
 
 
 # --- from other weights -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from utils.runs.log import read_metrics
 
 TINY = TokenizerConfig(sides=(1, 2, 4), channels=32, multipliers=(1, 1), num_blocks=1, num_codes=16, code_dim=4)  # 8 px
 FLAGS = ["--preset=tiny", "--bs=6", "--max_steps=30", "--log_every=5", "--save_every=10", "--gan_width=8"]
+NO_GAN = ["--gan=0", "--gan_width=64"]  # the default: there is nothing that could have another
 SHORT = ["--preset=tiny", "--bs=6", "--gan=0", "--perceptual=0", "--workers=0", "--seed=0"]
 
 MEANS = ["--scale_dropout=0.5", "--perturbation=0.3", "--matching=0.1", "--perceptual=0.1", "--perceptual_logits=0.01"]
@@ -49,7 +50,7 @@ def test_training_improves_the_reconstruction_and_uses_the_codebook(images, tmp_
     assert [len(i[0]) for i in tokenizer.encode(torch.zeros(1, 3, 8, 8))] == [1, 4, 16]
 
 
-@pytest.mark.parametrize("flags", [[], ["--fp16=1", "--gan=0"], ["--gan_from=0.5", "--gan_ramp=0.2"], MEANS, BALANCE], ids=str)
+@pytest.mark.parametrize("flags", [[], ["--fp16=1", *NO_GAN], ["--gan_from=0.5", "--gan_ramp=0.2"], MEANS, BALANCE], ids=str)
 def test_a_stopped_run_goes_on_to_the_same_end(flags, images, tmp_path, command):
     def train(name):
         return command(*FLAGS, "--restart_every=3", *flags, "--keep=3", "--data_path", images, "--out", tmp_path / name)
@@ -66,7 +67,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(flags, images, tmp_path, command)
 
 def test_a_run_without_a_discriminator_goes_on_with_one(images, tmp_path, command):
     run = ["--data_path", images, "--out", tmp_path]
-    assert command(*FLAGS, *run, "--gan=0", "--max_steps=10")[0] == 0
+    assert command(*FLAGS, *run, *NO_GAN, "--max_steps=10")[0] == 0
     before = load_tokenizer(tmp_path)
     code, output, errors = command(*FLAGS, *run, "--gan=0.01", "--max_steps=12", "--lr=1e-6", "--keep=9")
     assert code == 0, errors
@@ -103,7 +104,7 @@ def test_bfloat16_trains(images, tmp_path, command):
         (["--bs=0"], "--bs=0: give a number above 0"),
         (["--best=val_fd"], "--best=val_fd: it is measured with --val_fd alone"),
         (["--best=val_ssim"], "--best=val_ssim: validations have no such figure here"),  # of images of 8 pixels
-        (["--gan_least=2"], "--gan_least=2.0 is above --gan_most=1.0"),
+        (["--gan_least=2", "--gan_adaptive"], "--gan_least=2.0 is above --gan_most=1.0"),
         (["--gan_features=dino"], "--gan_features=dino: needs --gan_weights and --gan_sha256"),
         (["--gan_features=dino", "--gan_weights=/missing", "--gan_sha256=0"], "/missing: no such file of weights"),
         (["--gan_weights=x"], "--gan_weights=x: is read with --gan_features=dino alone"),
@@ -272,7 +273,7 @@ def test_released_weights_go_through_training_and_come_out_under_their_names(
 
 def test_the_best_checkpoint_stays_beside_the_newest(images, tmp_path, command):
     # the rate is far too high in the end, so that the first validation stays the best
-    flags = ["--best=val_psnr", "--keep=1", "--val_every=5", "--save_every=5", "--lr=0.3", "--gan=0"]
+    flags = ["--best=val_psnr", "--keep=1", "--val_every=5", "--save_every=5", "--lr=0.3", *NO_GAN]
     code, _, errors = command(*FLAGS, *flags, "--data_path", images, "--out", tmp_path)
     assert code == 0, errors
     scores = {entry["step"]: entry["val_psnr"] for entry in read_metrics(tmp_path) if "val_psnr" in entry}

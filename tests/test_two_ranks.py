@@ -19,6 +19,7 @@ from utils.runs.saving import read_numbers
 LEARN = ["--tblr=0.05", "--alng=0.1", "--wp=0.1"]  # so fast that every difference between two runs shows
 STILL = ["--drop_path=0"]  # the one thing that each rank draws for itself
 SHARDED = ["--parallel=fsdp"]
+OF_CACHE = ["--data_path=imagenet"]  # the default: a cache has no images
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def runs(source, cache, tmp_path_factory) -> Path:
     markov = ["--family=markov", "--window_from=1", *STILL]
     plan = [
         ("replicated", STILL),
-        ("cached", [*STILL, "--token_cache", cache, "--max_steps=8"]),
+        ("cached", [*STILL, *OF_CACHE, "--token_cache", cache, "--max_steps=8"]),
         ("accumulated", [*STILL, "--ac=2"]),
         ("sharded", [*STILL, *SHARDED]),
         ("sharded_validated", [*STILL, *SHARDED, "--val_every=1"]),
@@ -119,7 +120,7 @@ def test_one_rank_takes_the_same_steps_as_two(runs, source, tmp_path, command):
 
 
 def test_one_rank_takes_the_same_steps_from_a_cache_as_two(runs, source, cache, tmp_path, command):
-    flags = [*source, *STILL, "--token_cache", cache, "--max_steps=8"]
+    flags = [*source, *STILL, *OF_CACHE, "--token_cache", cache, "--max_steps=8"]
     assert command(*flags, "--local_out_dir_path", tmp_path)[0] == 0
     assert_close_training(runs / "cached", tmp_path, 1e-5)
 

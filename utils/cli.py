@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import traceback
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NoReturn, TypeVar
 
 Config = TypeVar("Config")
@@ -33,6 +34,18 @@ def argument(help: str, choices: tuple | None = None) -> Any:
 def arguments(help: str) -> Any:
     """One or more such words, a tuple[str, ...]."""
     return dataclasses.field(metadata={"help": help, "choices": None, "nargs": "+"})
+
+
+def check_idle(config: Any, names: Iterable[str], reason: str, defaults: dict[str, Any] | None = None) -> None:
+    """ValueError where one of these flags, which would change nothing here, has another value than its default.
+
+    reason: why it changes nothing, and the mend. defaults: further values that nobody has given.
+    """
+    by_name = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in names:
+        value = getattr(config, name)
+        if value not in (by_name[name], (defaults or {}).get(name, by_name[name])):
+            raise ValueError(f"--{name}={value}: {reason}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,6 +107,8 @@ def _or_word(kind: type, annotation: Any) -> Callable[[str], Any]:
     words = [
         word for part in typing.get_args(annotation) if typing.get_origin(part) is Literal for word in typing.get_args(part)
     ]
+    if kind is float:
+        return _finite
     if not words:
         return kind
 
@@ -102,6 +117,17 @@ def _or_word(kind: type, annotation: Any) -> Callable[[str], Any]:
 
     read.__name__ = f"{kind.__name__} or {' or '.join(words)}"  # for argparse's message
     return read
+
+
+def _finite(text: str) -> float:
+    """NaN would pass for any number: it is neither below a limit nor above one."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not finite: give a number that ends")
+    return value
+
+
+_finite.__name__ = "float"  # for argparse's message
 
 
 def _boolean(text: str) -> bool:

@@ -29,9 +29,23 @@ def replace_file(target: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None or error.filename not in (None, str(aside), aside):  # said otherwise, or of another file
             raise
-        raise OSError(f"{target}: could not be written ({os.strerror(error.errno)}): give another name") from error
+        reason = os.strerror(error.errno)
+        raise OSError(f"{target}: could not be written ({reason}): make room there, or give another name") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def append_whole(path: Path, content: bytes) -> None:
+    """Add to the end of a file, or, with OSError, leave it as it was: on a full disk too no part of the content stays."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(content)
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def rename_whole(aside: Path, target: Path) -> None:

@@ -90,7 +90,8 @@ TRAINING = (
     "--depth=3 --width=64 --heads=2 --bs=16 --ac=2 --tblr=2e-2 --alng=0.5 --hd=1 --drop_path=0.3 --class_dropout=0.2 --ema=0.9 "
     "--wp=25 --pg=0.5 --pg0=1 --pgwp=25 --max_steps=16 --save_every=8 --val_every=6 --val_samples=2 --log_every=1 --seed=5"
 )
-OTHER_TRAINING = "--pg=0 --sche=cos --twde=0.1 --tclip=0.5 --ls=0.1"
+ALL_SCALES = "--pg=0 --pg0=4 --pgwp=0"
+OTHER_TRAINING = f"{ALL_SCALES} --sche=cos --twde=0.1 --tclip=0.5 --ls=0.1"
 TRANSFORMERS = {  # family, where tokens or images come from, flags
     "mvar": ("mvar", SMALL_TOKENS, ""),
     "var": ("var", SMALL_TOKENS, ""),
@@ -99,7 +100,7 @@ TRANSFORMERS = {  # family, where tokens or images come from, flags
     "mvar-images": ("mvar", "images", f"--vae=runs/tokenizer --hflip --val_fd=16 {OTHER_TRAINING}"),
     "markov-images": ("markov", "images", f"--vae=converted/vae --hflip --workers=1 {OTHER_TRAINING}"),
     "markov-each": ("markov", LARGE_TOKENS, "--scale_groups=each --ls=0.1"),
-    "markov-drawn": ("markov", LARGE_TOKENS, "--scale_groups=drawn --pg=0 --ac=1"),
+    "markov-drawn": ("markov", LARGE_TOKENS, f"--scale_groups=drawn {ALL_SCALES} --ac=1"),
     "mvar-global": ("mvar", SMALL_TOKENS, "--global_blocks=1 --alng_all --anorm=0"),
     "var-saln": ("var", SMALL_TOKENS, "--saln --recompute --ema=0"),
     "mvar-bf16": ("mvar", SMALL_TOKENS, "--fp16=2"),

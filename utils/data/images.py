@@ -167,7 +167,7 @@ def listing_hash(train: Pictures, val: Pictures) -> str:
 
 def check_resize(factor: float) -> None:
     """ValueError unless resized images are large enough to be cut to their final size."""
-    if factor < 1:
+    if not factor >= 1:
         raise ValueError(f"--resize={factor}: images must not become smaller than their final size: give 1 or more")
 
 

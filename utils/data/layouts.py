@@ -187,39 +187,58 @@ def label_file(root: Path) -> Path | None:
 
 
 def by_class(root: Path, pictures: list[str], labels: Path) -> dict[str, Found]:
-    """Pictures by the class that a file says. ValueError for pictures of which it says nothing, and for damaged files."""
+    """Pictures by the class that a file says.
+
+    A picture is looked up by its name, then by that without the ending. ValueError for pictures of which the file says nothing
+    or several things, for two pictures that one of its names may mean, and for damaged files.
+    """
     if labels.name == TRUTH:
-        known = dict(zip(sorted(map(stem, pictures)), read_truth(labels, len(pictures)), strict=True))
+        ordered = sorted(stem(name.rpartition("/")[2]) for name in pictures)
+        said = list(zip(ordered, read_truth(labels, len(pictures)), strict=True))
     else:
-        known = read_table(labels) if labels.name == TABLE else read_lines(labels)
+        said = read_table(labels) if labels.name == TABLE else read_lines(labels)
+    bare = [name.rpartition("/")[2] for name in pictures]
+    whole, shortened = set(bare), defaultdict(dict)  # names of pictures; name that is said -> classes, in their order
+    for name, label in said:
+        shortened[name if name in whole else stem(name)][label] = None
+    meant: dict[str, str] = {}  # name that is said -> picture
     classes: dict[str, list[str]] = defaultdict(list)
-    for name in pictures:
-        label = known.get(stem(name))
-        if label is None:
+    for name, short in zip(pictures, bare, strict=True):
+        key = short if short in shortened else stem(short)
+        several = list(shortened.get(key, ()))
+        if not several:
             raise ValueError(f"{root / name}: {labels} does not say of which class it is: add it there, or remove it")
-        classes[label].append(name)
+        if len(several) > 1:
+            both = f"{several[0]!r} and {several[1]!r}"
+            raise ValueError(f"{root / name}: {labels} says that it is of the classes {both}: leave one of them there")
+        if meant.setdefault(key, name) != name:
+            raise ValueError(
+                f"{root / name}: {labels} has {key!r} for it and {root / meant[key]}: give names with their endings there, "
+                "or rename one of the two"
+            )
+        classes[several[0]].append(name)
     return {label: Found(sorted(classes[label]), [], []) for label in sorted(classes)}
 
 
 def stem(name: str) -> str:
-    """val/images/val_0.JPEG -> val_0; some files name pictures so, others with the ending."""
-    name = name.rpartition("/")[2]
+    """val_0.JPEG -> val_0; some files name pictures so, others with the ending."""
     return name.rpartition(".")[0] if name.lower().endswith(EXTENSIONS) else name
 
 
-def read_table(path: Path) -> dict[str, str]:
+def read_table(path: Path) -> list[tuple[str, str]]:
     """Kaggle's: ImageId and PredictionString, of which the first word is the class."""
     with open(path, newline="", errors="surrogateescape") as file:
         rows = csv.reader(file)
         if next(rows, None) != ["ImageId", "PredictionString"]:
             raise ValueError(f"{path}: its first line is not ImageId,PredictionString: give Kaggle's file")
-        return {stem(row[0]): first_word(row[1:2], path, rows.line_num) for row in rows if row}
+        return [(row[0].rpartition("/")[2], first_word(row[1:2], path, rows.line_num)) for row in rows if row]
 
 
-def read_lines(path: Path) -> dict[str, str]:
+def read_lines(path: Path) -> list[tuple[str, str]]:
     """A picture's name and its class in each line; what follows is left alone."""
     lines = enumerate(path.read_text(errors="surrogateescape").splitlines(), start=1)
-    return {stem(words[0]): first_word(words[1:2], path, number) for number, line in lines if (words := line.split())}
+    split = ((number, words) for number, line in lines if (words := line.split()))
+    return [(words[0].rpartition("/")[2], first_word(words[1:2], path, number)) for number, words in split]
 
 
 def first_word(words: list[str], path: Path, line: int) -> str:

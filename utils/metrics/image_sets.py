@@ -25,6 +25,7 @@ from PIL import Image
 from utils.data.hub_sets import is_hub_set, read_hub_images
 from utils.data.images import ImageFiles, Names, Pictures
 from utils.data.pictures import EXTENSIONS, WHITE, background_colour, find_pictures
+from utils.files import replace_file
 
 ORIGIN = ("extractor", "fingerprint", "count", "height", "width")  # of statistics: what they are of
 READERS = min(os.cpu_count() or 1, 8)  # threads that decode pictures
@@ -304,15 +305,17 @@ def read_integers(path: Path, name: str) -> np.ndarray:
 
 
 def write_statistics(out: Path, statistics: Statistics, extractor: str, fingerprint: str) -> None:
-    """mu, sigma (mu_s, sigma_s) and what they are of; renamed when whole. fingerprint: of the extractor's weights."""
+    """mu, sigma (mu_s, sigma_s) and what they are of. fingerprint: of the extractor's weights.
+
+    OSError, which names the file, where it could not be written: nothing of it is left.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.writing.npz")
     values = dict(zip(("mu", "sigma"), statistics.pooled, strict=True))
     if statistics.spatial:
         values |= dict(zip(("mu_s", "sigma_s"), statistics.spatial, strict=True))
     origin = (extractor, fingerprint, statistics.count, statistics.height, statistics.width)
-    np.savez(aside, **values, **dict(zip(ORIGIN, origin, strict=True)))
-    os.replace(aside, out)
+    with replace_file(out) as aside, open(aside, "wb") as file:  # given a name NumPy would add an ending to it
+        np.savez(file, **values, **dict(zip(ORIGIN, origin, strict=True)))
 
 
 def read_arrays(path: Path) -> list[Array]:

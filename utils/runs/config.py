@@ -13,7 +13,7 @@ from models.scan_backends import SCAN_BACKENDS
 from models.ssm import SCANS
 from models.tokenizer import TokenizerConfig
 from models.transformer import TransformerConfig, family_config
-from utils.cli import flag
+from utils.cli import check_idle, flag
 from utils.data.batches import worker_count
 from utils.data.hub_sets import DATA_PATH_HELP, IMAGE_COLUMN_HELP, LABEL_COLUMN_HELP
 from utils.data.images import check_resize
@@ -116,8 +116,8 @@ class TrainConfig:
     cca_weight: float = flag(50.0, "--objective=cca: weight of images under labels of others; published: 50, d24 100, d30 1000")
     # progressive training
     pg: float = flag(0.0, "train more and more scales during this first share of the run, 0: all from the start")
-    pg0: int = flag(4, "progressive training starts with this many scales plus one")
-    pgwp: float = flag(0.0, "epochs over which the loss of a new scale is faded in, 0: ep / 300")
+    pg0: int = flag(4, "--pg: it starts with this many scales plus one, less than the pyramid has")
+    pgwp: float = flag(0.0, "--pg: epochs over which the loss of a new scale is faded in, 0: ep / 300")
     # running
     local_out_dir_path: str = flag("local_output", "run directory; a run in it is resumed", "--out")
     seed: int | None = flag(None, "of data order, initial weights and dropouts; none: drawn, and kept in the run's config.json")
@@ -148,7 +148,7 @@ class TrainConfig:
         check_share(self.val_share)
         check_max_bad(self.max_bad)
         for name in ("depth", "bs", "ac", "log_every", "keep", "ep", "max_bad_steps"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
         for name in ("width", "heads", "global_blocks", "window_from", "workers", "max_steps", "max_minutes", "tblr", "wp"):
             self._check_at_least(name, 0)
@@ -158,17 +158,12 @@ class TrainConfig:
             self._check_at_least(name, 0)
         if self.val_fd == 1:
             raise ValueError("--val_fd=1: a distance needs more images: give 2 or more, or 0 for none")
-        if self.val_drawing and not self.val_fd:
-            raise ValueError(f"--val_drawing={self.val_drawing}: is of the samples of --val_fd: give that, or leave it out")
+        self._check_idle()
         try:
             read_sampling(self.val_drawing)
         except ValueError as error:
             raise ValueError(f"--val_drawing: {error}") from error
         check_resize(self.mid_reso)
-        if self.token_cache and (self.hflip or self.mid_reso != TrainConfig.mid_reso):
-            raise ValueError("--hflip and --mid_reso are settings of the token cache: give them to scripts/cache_tokens.py")
-        if self.token_cache and not self.val_fd and (self.val_share or self.skip_bad):
-            raise ValueError("--val_share and --skip_bad are of images: give them to scripts/cache_tokens.py")
         for name in ("class_dropout", "ls", "pg", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a share from 0 to 1")
@@ -190,6 +185,23 @@ class TrainConfig:
         if self.parallel == "fsdp" and self.fp16 == 1:
             raise ValueError("--parallel=fsdp with --fp16=1: sharded training has no loss scaling: give --fp16=2 (bfloat16)")
 
+    def _check_idle(self) -> None:
+        """What is said of something that this run has not would say nothing."""
+        cached = ("hflip", "mid_reso", "vae_precision")
+        images = ("data_path", "image_column", "label_column", "val_share", "skip_bad", "max_bad", "background")
+        of_images = "is of images, and --token_cache has none: give it to scripts/cache_tokens.py, or --val_fd too"
+        for names, needed, reason in (
+            (cached, not self.token_cache, "is a setting of the token cache: give it to scripts/cache_tokens.py"),
+            (images, not self.token_cache or self.val_fd, of_images),
+            (("max_bad",), self.skip_bad, "is of --skip_bad: give that, or leave it out"),
+            (("val_drawing",), self.val_fd, "is of the samples of --val_fd: give that, or leave it out"),
+            (("pg0", "pgwp"), self.pg, "is of progressive training: give --pg, or leave it out"),
+            (("cca_beta", "cca_weight"), self.objective == "cca", "is of --objective=cca: give that, or leave it out"),
+            (("lora_alpha", "lora_parts"), self.lora, "is of adapters: give --lora, their rank, or leave it out"),
+        ):
+            if not needed:
+                check_idle(self, names, reason)
+
     def _check_kinds(self, kinds: list[Family]) -> None:
         """What is said of a mixer that no block has would say nothing."""
         self._check_at_least("attended_scales", 0)
@@ -203,10 +215,8 @@ class TrainConfig:
                 raise ValueError(f"--{name}={value}: family {self.family} has {lack}: leave it out")
 
     def _check_adapters(self) -> None:
-        if self.lora < 0 or self.lora_alpha < 0:
+        if not (self.lora >= 0 and self.lora_alpha >= 0):
             raise ValueError(f"--lora={self.lora}, --lora_alpha={self.lora_alpha}: give numbers of at least 0")
-        if not self.lora and (self.lora_alpha or self.lora_parts):
-            raise ValueError("--lora_alpha and --lora_parts are of adapters: give --lora, their rank")
         if self.lora and not self.init_from:
             raise ValueError(f"--lora={self.lora}: adapters are nothing without trained weights: give --init_from")
         if self.lora and self.parallel == "fsdp":
@@ -214,9 +224,6 @@ class TrainConfig:
 
     def _check_contrast(self) -> None:
         if self.objective != "cca":
-            for name in ("cca_beta", "cca_weight"):
-                if getattr(self, name) != getattr(TrainConfig, name):
-                    raise ValueError(f"--{name}={getattr(self, name)}: is of --objective=cca: give that, or leave it out")
             return
         if not self.init_from:
             raise ValueError("--objective=cca: starts from a trained transformer: give --init_from")
@@ -231,7 +238,7 @@ class TrainConfig:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
 
     def _check_at_least(self, name: str, least: float) -> None:
-        if getattr(self, name) < least:
+        if not getattr(self, name) >= least:
             raise ValueError(f"--{name}={getattr(self, name)}: give {least} or more")
 
     @property
@@ -256,9 +263,20 @@ class TrainConfig:
             )
         return self.bs // (world * self.ac)
 
+    def _check_progressive(self, pyramid: Pyramid) -> None:
+        """ValueError where all scales would be trained from the start."""
+        if self.pg and self.pg0 + 1 >= pyramid.num_scales:
+            most = pyramid.num_scales - 2
+            mend = f"give --pg0={most}{' or less' if most else ''}, or no --pg" if most >= 0 else "leave it out"
+            raise ValueError(
+                f"--pg={self.pg:g} --pg0={self.pg0}: starts with {self.pg0 + 1} scales, pyramid {pyramid} has "
+                f"{pyramid.num_scales}: {mend}"
+            )
+
     def transformer_config(self, tokenizer: TokenizerConfig, num_classes: int) -> TransformerConfig:
         if not 0 <= self.global_blocks <= self.depth:
             raise ValueError(f"--global_blocks={self.global_blocks}: give 0 to {self.depth}, the depth")
+        self._check_progressive(tokenizer.pyramid)
         chosen = {"width": self.width, "heads": self.heads, "window_from": self.window_from}
         chosen |= {"window": self.window, "attended_scales": self.attended_scales, "scan": self.scan}
         overrides = {name: value for name, value in chosen.items() if value}  # 0 leaves it to the family

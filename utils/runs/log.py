@@ -1,9 +1,16 @@
-"""What a run leaves to read: metrics.jsonl, val_classes.jsonl, TensorBoard events, log.txt and lines on the console."""
+"""What a run leaves to read: metrics.jsonl, val_classes.jsonl, TensorBoard events, log.txt and lines on the console.
 
+A run of days does not end because one of them cannot be written, as on a full disk: that is told on the console, once, and the
+run goes on. Lines wait until there is room again; TensorBoard, whose writer has ended then, goes without the rest.
+"""
+
+import contextlib
 import json
 import math
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils import plots
-from utils.files import replace_text
+from utils.files import append_whole, replace_text
 
 CLOCK_FIGURES = ("time", "images_per_second", "mfu", "memory_gb", "data_wait")  # differ from run to run of the same training
 CONSOLE_SECONDS = 20.0  # at least so long between two lines where no terminal can redraw a bar
@@ -39,7 +46,8 @@ class RunLog:
         for path, entries in ((self.metrics_path, kept), (self.classes_path, by_class)):
             if path.exists():
                 replace_text(path, "".join(map(json_line, entries)))
-        self.writer = SummaryWriter(str(directory), purge_step=step + 1)
+        self.unwritten: dict[Path, bytes] = {}  # lines that wait for room
+        self.curves = Curves(directory, step + 1, self._complain)
         self.bar: tqdm | None = None
         self.waiting: str | None = None  # the newest console line, while it is too early to print it
         self.printed_at = -math.inf
@@ -55,36 +63,37 @@ class RunLog:
         """
         if not self.is_main:
             return
-        with open(self.metrics_path, "a") as file:
-            file.write(json_line({"step": step, "time": round(time.time(), 2), **values}))
+        self._append(self.metrics_path, json_line({"step": step, "time": round(time.time(), 2), **values}))
         for name, value in values.items():
             curves = {f"{name}/{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
             for curve, number in curves.items():
-                self.writer.add_scalar(curve, number, step)
+                self.curves.add(SummaryWriter.add_scalar, curve, number, step)
 
     def classes(self, step: int, loss: list[float | None], accuracy: list[float | None]) -> None:
         """One line of val_classes.jsonl: a validation by class, None or NaN for a class without images."""
         if not self.is_main:
             return
-        with open(self.classes_path, "a") as file:
-            file.write(json_line({"step": step, "loss": loss, "accuracy": accuracy}))
+        self._append(self.classes_path, json_line({"step": step, "loss": loss, "accuracy": accuracy}))
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
         """A picture in TensorBoard, and as a file: pictures/NAME_STEP.png."""
         if not self.is_main:
             return
-        self.pictures.mkdir(exist_ok=True)
-        plots.save(picture, self.pictures / f"{name}_{step}.png")
-        self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-        self.writer.flush()  # pictures are rare: each is there to be looked at now
+        path = self.pictures / f"{name}_{step}.png"
+        try:
+            self.pictures.mkdir(exist_ok=True)
+            plots.save(picture, path)
+        except OSError as error:
+            self._complain(f"a picture is left out: {error}")
+        self.curves.add(SummaryWriter.add_image, name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        self.curves.add(SummaryWriter.flush)  # pictures are rare: each is there to be looked at now
 
     def text(self, message: str) -> None:
         """A line for people, on the console and in log.txt."""
         if not self.is_main:
             return
         self._print(message)
-        with open(self.text_path, "a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        self._append(self.text_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def progress(self, step: int, total: int, share: float, seconds: float, values: dict[str, float]) -> None:
         """How far the run is: `step` of `total`, `share` of it passed in `seconds`, and the figures of `console_line`.
@@ -113,7 +122,28 @@ class RunLog:
             self.bar.refresh()  # the last figures, whatever the interval
             self.bar.close()
         self._print_waiting()
-        self.writer.close()
+        self.curves.close()
+        for path in list(self.unwritten):
+            self._append(path, "")
+        for path, lines in self.unwritten.items():
+            count = len(lines.splitlines())
+            self._complain(f"{path}: could not be written to the end, lines lost: {count}")
+
+    def _append(self, path: Path, line: str) -> None:
+        """To the end of a file, after what still waits for that."""
+        before = self.unwritten.pop(path, b"")
+        content = before + line.encode(errors="surrogateescape")
+        try:
+            append_whole(path, content)
+        except OSError as error:
+            self.unwritten[path] = content
+            if not before:
+                self._complain(
+                    f"{path}: could not be written ({reason(error)}): make room there; the run goes on, and lines wait so long"
+                )
+
+    def _complain(self, message: str) -> None:
+        tqdm.write(f"warning: {message}", file=sys.stderr)
 
     def _print(self, line: str) -> None:
         tqdm.write(line, file=sys.stdout)  # above the bar where there is one
@@ -123,6 +153,61 @@ class RunLog:
         if self.waiting is not None:
             self._print(self.waiting)
             self.waiting, self.printed_at = None, time.monotonic()
+
+
+class Curves:
+    """TensorBoard's event file of a run, which goes without the rest once it cannot be written."""
+
+    def __init__(self, directory: Path, purge_step: int, complain: Callable[[str], None]):
+        self.directory, self.complain = directory, complain
+        self.ending = contextlib.ExitStack()
+        self.ending.enter_context(silent_writer())
+        self.writer: SummaryWriter | None = None
+        try:
+            self.writer = SummaryWriter(str(directory), purge_step=purge_step)
+        except OSError as error:
+            self._leave_out(error)
+
+    def add(self, what: Callable, *arguments: Any, **options: Any) -> None:
+        """Call a method of the writer."""
+        if self.writer is None:
+            return
+        try:
+            what(self.writer, *arguments, **options)
+        except OSError as error:  # of its thread, which has ended with that
+            self._leave_out(error)
+
+    def _leave_out(self, error: OSError) -> None:
+        self.writer = None
+        self.complain(
+            f"{self.directory}: TensorBoard's file could not be written ({reason(error)}) and goes without the rest, which "
+            "metrics.jsonl keeps: make room there; a run that is resumed begins another"
+        )
+
+    def close(self) -> None:
+        self.add(SummaryWriter.close)
+        self.ending.close()
+
+
+@contextlib.contextmanager
+def silent_writer() -> Iterator[None]:
+    """Keep the traceback of a thread of TensorBoard off the console: who writes next is told what it was."""
+    usual = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        is_writer = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(arguments.exc_value, OSError)):
+            usual(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = usual
+
+
+def reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def console_line(step: int, total: int, values: dict[str, float], seconds_left: float | None) -> str:

@@ -42,8 +42,8 @@ def step_plan(config: TrainConfig, model: TransformerConfig, progress: float, st
     """What the step after `step` steps does, at this passed share of the run."""
     factor = learning_rate_factor(config.schedule, progress, config.warmup_share, config.wp0, config.wpe)
     scales = model.pyramid.num_scales
-    first, fade_in = min(config.pg0, scales - 1), (config.pgwp or config.ep / 300) / config.ep
-    num_scales, newest_weight = progressive_stage(progress, scales, config.pg, first, config.warmup_share, fade_in)
+    fade_in = (config.pgwp or config.ep / 300) / config.ep
+    num_scales, newest_weight = progressive_stage(progress, scales, config.pg, config.pg0, config.warmup_share, fade_in)
     return StepPlan(
         config.peak_learning_rate * factor,
         weight_decay(progress, config.twd, config.twde or config.twd),

@@ -11,7 +11,7 @@ from models.discriminator import DiscriminatorConfig
 from models.pyramid import Pyramid
 from models.quantizer import QuantizerTraining
 from models.tokenizer import TOKENIZER_PRESETS, TokenizerConfig
-from utils.cli import flag, required
+from utils.cli import check_idle, flag, required
 from utils.data.batches import worker_count
 from utils.data.hub_sets import DATA_PATH_HELP, IMAGE_COLUMN_HELP, LABEL_COLUMN_HELP
 from utils.data.images import check_resize
@@ -134,7 +134,7 @@ class TokenizerTraining:
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a number above 0")
         for name in ("val_every", "workers", "max_minutes", "restart_every", "val_fd", "weight_decay"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give 0 or more")
         for name in ("ema", "gan_from", "gan_ramp", "lr_end"):
             if not 0 <= getattr(self, name) <= 1:
@@ -142,10 +142,30 @@ class TokenizerTraining:
         for name in ("l1", "l2", "vq", "perceptual", "perceptual_logits", "lpips", "gan", "gan_least", "lecam"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give 0 or more")
+        self._check_idle()
         self._check_together()
         check_resize(self.resize)
         self.discriminator()
         self.against_collapse()
+
+    def _check_idle(self) -> None:
+        """What is said of a loss that this run has not would say nothing; what a recipe says of it nobody has given."""
+        adversary = ("gan_adaptive", "gan_from", "gan_ramp", "gan_lr", "gan_width", "gan_layers", "gan_norm", "gan_features")
+        dino = self.gan_features == "dino"
+        for names, needed, reason in (
+            (
+                (*adversary, "diffaug", "lecam"),
+                self.gan,
+                "there is no discriminator at --gan=0: give a weight, or leave it out",
+            ),
+            (("gan_least", "gan_most"), self.gan_adaptive, "is of --gan_adaptive: give that, or leave it out"),
+            (("gan_weights", "gan_sha256"), dino, "is read with --gan_features=dino alone: give both or neither"),
+            (("lpips_weights", "lpips_sha256"), self.lpips, "is read with --lpips alone: give both or neither"),
+            (("perceptual_logits",), self.perceptual, "is of --perceptual: give that, or leave it out"),
+            (("max_bad",), self.skip_bad, "is of --skip_bad: give that, or leave it out"),
+        ):
+            if not needed:
+                check_idle(self, names, reason, recipe({"preset": self.preset, "refine": self.refine}))
 
     def _check_together(self) -> None:
         """ValueError for flags that do not go together."""
@@ -164,10 +184,6 @@ class TokenizerTraining:
             file, digits = getattr(self, f"{prefix}_weights"), getattr(self, f"{prefix}_sha256")
             if asked and not (file and digits):
                 raise ValueError(f"--{wanted}: needs --{prefix}_weights and --{prefix}_sha256: give the file and its hash")
-            if file and not asked:
-                raise ValueError(f"--{prefix}_weights={file}: is read with --{wanted} alone: give both or neither")
-        if self.gan_features and not self.gan:
-            raise ValueError(f"--gan_features={self.gan_features}: there is no discriminator at --gan=0: give a weight")
         if self.refine:
             if self.init_from:
                 raise ValueError(f"--init_from={self.init_from}: --refine says already where to start: give one of them")
