@@ -2,7 +2,6 @@ import contextlib
 import json
 import math
 import os
-import queue
 import resource
 import sys
 import threading
@@ -10,7 +9,6 @@ import threading
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 
 from utils.runs.log import RunLog, clock, console_line, read_entries, read_metrics, read_repeatable_metrics, silent_writer
 
@@ -219,16 +217,15 @@ def test_what_never_found_room_is_told_at_the_end(tmp_path, capsys):
 
 def test_other_threads_still_say_what_ended_them(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(threading, "excepthook", lambda arguments: seen.append(arguments.exc_type))
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: seen.append((arguments.thread, arguments.exc_type)))
+    writer_class = type("Writer", (threading.Thread,), {"__module__": "tensorboard.summary.writer"})
+    silent, faulty = (writer_class(target=target) for target in (lambda: os.stat(tmp_path / "gone"), lambda: [][0]))
+    other = threading.Thread(target=lambda: os.stat(tmp_path / "gone"))
     with silent_writer():
-        other = threading.Thread(target=lambda: [][0])
-        writer = _AsyncWriterThread(queue.Queue(), None, 1)
-        monkeypatch.setattr(writer, "_run", lambda: os.stat(tmp_path / "gone"))
-        for thread in (other, writer):
+        for thread in (silent, faulty, other):
             thread.start()
             thread.join()
-    assert seen == [IndexError]
-    assert isinstance(writer.exception, FileNotFoundError)
+    assert seen == [(faulty, IndexError), (other, FileNotFoundError)]
 
 
 @pytest.mark.parametrize("line", ["loss 3", "3", '{"loss": 3}', '{"step": "x"}', "\x00\xff"])

@@ -4,6 +4,7 @@ import torch
 from commands import TINY_TOKENIZER
 from PIL import Image
 
+from models.precision import tokenizer_in
 from models.tokenizer import VQVAE
 from utils.metrics.features import load_extractor
 from utils.metrics.image_sets import FittedImages, open_images
@@ -82,6 +83,24 @@ def test_a_damaged_tokenizer_is_named(extractor, tmp_path):
     broken.decoder.conv_out.bias.data[0] = torch.nan
     with pytest.raises(ValueError, match="reconstructions are not finite: the weights of the tokenizer are damaged"):
         measure_reconstruction(broken, archive(tmp_path, some_images()), extractor)
+
+
+@pytest.mark.parametrize(
+    ("half", "message"),
+    [("encoder", "features of images are not finite, so they have no tokens"), ("decoder", "reconstructions are not finite")],
+)
+def test_what_overflows_in_float16_alone_names_the_precision(half, message):
+    torch.manual_seed(0)
+    exact = VQVAE(TINY_TOKENIZER)
+    bias = exact.get_parameter(f"{half}.conv_in.bias").data
+    bias.fill_(1e5)  # float16 ends at 65504
+    mend = "float16 may be too narrow for this tokenizer: give --precision=float32"
+    with pytest.raises(ValueError, match=f"{message}: {mend}"):
+        reconstruct(tokenizer_in(exact, "float16", "float16"), some_images(2))
+    reconstruct(exact, some_images(2))
+    bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match=f"{message}: the weights of the tokenizer are damaged, give others"):
+        reconstruct(exact, some_images(2))
 
 
 def test_a_folder_of_pictures_of_several_sizes(tmp_path, tokenizer, extractor):

@@ -48,6 +48,14 @@ def check_idle(config: Any, names: Iterable[str], reason: str, defaults: dict[st
             raise ValueError(f"--{name}={value}: {reason}")
 
 
+def check_finite(config: Any) -> None:
+    """ValueError where a flag is NaN or infinite, as TOML's numbers may be too: NaN is neither below a limit nor above one."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{field.name}={value}: is not finite: give a number that ends")
+
+
 class Parser(argparse.ArgumentParser):
     """Complains in one line and takes no abbreviations, so that a misspelt flag cannot pass for another."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist import Ranks
 from models.tokenizer import VQVAE
@@ -49,14 +49,24 @@ def device_of(tokenizer: VQVAE) -> torch.device:
 def reconstruct(tokenizer: VQVAE, images: np.ndarray) -> tuple[np.ndarray, list[Tensor]]:
     """(N, H, W, 3) uint8 -> the same from its tokens, rounded to nearest, and those: K tensors (N, h_k * w_k).
 
-    ValueError for NaN or infinity, which rounding would hide.
+    ValueError for NaN or infinity, which codes and rounding would hide.
     """
     pixels = torch.from_numpy(images).to(device_of(tokenizer)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    indices = tokenizer.encode(pixels)
+    indices, finite = tokenizer.encode_checked(pixels)
+    if not finite:
+        raise ValueError(f"features of images are not finite, so they have no tokens: {_mend(tokenizer.before_quantizer)}")
     decoded = tokenizer.decode(indices)
     if not decoded.isfinite().all():
-        raise ValueError("reconstructions are not finite: the weights of the tokenizer are damaged, give others")
+        raise ValueError(f"reconstructions are not finite: {_mend(tokenizer.after_quantizer)}")
     return to_uint8((decoded + 1) / 2), indices
+
+
+def _mend(layer: nn.Module) -> str:
+    """Of values that are not finite; layer: one of the half of the tokenizer that has made them, which is of one precision."""
+    dtype = layer.weight.dtype
+    if dtype == torch.float32:
+        return "the weights of the tokenizer are damaged, give others"
+    return f"{str(dtype).removeprefix('torch.')} may be too narrow for this tokenizer: give --precision=float32"
 
 
 def measure_reconstruction(

@@ -13,7 +13,7 @@ from models.scan_backends import SCAN_BACKENDS
 from models.ssm import SCANS
 from models.tokenizer import TokenizerConfig
 from models.transformer import TransformerConfig, family_config
-from utils.cli import check_idle, flag
+from utils.cli import check_finite, check_idle, flag
 from utils.data.batches import worker_count
 from utils.data.hub_sets import DATA_PATH_HELP, IMAGE_COLUMN_HELP, LABEL_COLUMN_HELP
 from utils.data.images import check_resize
@@ -144,6 +144,7 @@ class TrainConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "workers", worker_count(self.workers))
+        check_finite(self)
         background_colour(self.background)
         check_share(self.val_share)
         check_max_bad(self.max_bad)

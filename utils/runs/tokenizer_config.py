@@ -11,7 +11,7 @@ from models.discriminator import DiscriminatorConfig
 from models.pyramid import Pyramid
 from models.quantizer import QuantizerTraining
 from models.tokenizer import TOKENIZER_PRESETS, TokenizerConfig
-from utils.cli import check_idle, flag, required
+from utils.cli import check_finite, check_idle, flag, required
 from utils.data.batches import worker_count
 from utils.data.hub_sets import DATA_PATH_HELP, IMAGE_COLUMN_HELP, LABEL_COLUMN_HELP
 from utils.data.images import check_resize
@@ -124,6 +124,7 @@ class TokenizerTraining:
 
     def __post_init__(self):
         object.__setattr__(self, "workers", worker_count(self.workers))
+        check_finite(self)
         background_colour(self.background)
         check_share(self.val_share)
         check_max_bad(self.max_bad)
