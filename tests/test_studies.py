@@ -93,7 +93,10 @@ def test_plans_of_the_repository_can_be_read(path):
         (HEAD + "[[comparisons]]\nname = 'some'\nsteps = 3", "comparison 'some': has no rows"),
         (HEAD + "[[comparisons]]\nsteps = 3", "a comparison has no name"),
         (HEAD + BODY + BODY.replace("some", "some!"), "comparisons are named 'some' and 'some!': give each letters of its own"),
-        (HEAD.replace("bs = 4", "hflip = true") + BODY, "--hflip=True: is a setting of the token cache: give it to scripts/cache_tokens.py"),
+        (
+            HEAD.replace("bs = 4", "hflip = true") + BODY,
+            "--hflip=True: is a setting of the token cache: give it to scripts/cache_tokens.py",
+        ),
         (
             HEAD.replace("bs = 4", "pg = 0.5") + BODY.replace("steps = 20", "teraflops = 1.0"),
             "pg = 0.5: its steps cost other operations than whole ones: give steps or minutes",
