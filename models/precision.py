@@ -174,7 +174,9 @@ def changed_tokens(exact: VQVAE, other: VQVAE, images: Tensor) -> list[float]:
 
 
 def told_of_tokens(name: str, exact: VQVAE, other: VQVAE, images: Tensor) -> str:
-    """One line about what a precision does to the tokens of some images."""
+    """One line about what a precision does to the tokens of some images. ValueError where their features do not fit into it."""
+    if not other.encode_checked(images)[1]:
+        raise ValueError(f"features of the tokenizer are not finite in {name}, which is too narrow for it: give float32")
     by_scale = changed_tokens(exact, other, images)
     lengths = exact.pyramid.lengths
     whole = sum(share * length for share, length in zip(by_scale, lengths, strict=True)) / sum(lengths)

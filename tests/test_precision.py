@@ -219,6 +219,8 @@ def test_tokens_in_half_precision_are_told_apart():
     expected, others = (torch.cat(model.encode(images), dim=1) for model in (tokenizer, narrow))
     whole = (expected != others).float().mean()
     assert f"{whole:.2%} of those of 2 images differ" in told_of_tokens("bfloat16", tokenizer, narrow, images)
+    with pytest.raises(ValueError, match="not finite in bfloat16, which is too narrow for it: give float32"):
+        told_of_tokens("bfloat16", tokenizer, narrow, images * float("inf"))
     assert tokenizer.before_quantizer.weight.dtype == torch.float32
     with pytest.raises(ValueError, match="precision tf32: is of NVIDIA's GPUs, the tokenizer is on cpu"):
         tokenizer_in(tokenizer, "tf32")
