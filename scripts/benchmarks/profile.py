@@ -23,6 +23,7 @@ OPERATIONS = {
     "addmm": "products",
     "mm": "products",
     "linear": "products",
+    "mkldnn::_linear_pointwise": "products",  # of packed weights
     "bmm": "products of the scan",
     "baddbmm": "products of the scan",
     "mkldnn_convolution": "convolutions",
