@@ -384,14 +384,19 @@ def test_too_little_room_is_noticed_before_anything_is_written(command, monkeypa
     assert not (tmp_path / "cache").exists()
 
 
-def test_features_that_are_not_finite_have_no_tokens(command, tokenizer, tmp_path):
+def test_features_that_are_not_finite_have_no_tokens(command, tokenizer, tmp_path, monkeypatch):
     """In float16, which ends at 65,504, they are code 0 all over, and training on them would work."""
     model = load_tokenizer(tokenizer)
     with torch.no_grad():
         model.before_quantizer.weight.mul_(1e6)
     (tmp_path / "steep").mkdir()
     save_model(tmp_path / "steep", model, Description("tokenizer"))
-    code, _, errors = command("--vae", tmp_path / "steep", "--precision=float16", "--workers=0")
+    words = ["--vae", tmp_path / "steep", "--precision=float16", "--workers=0"]
+    code, _, errors = command(*words)
+    assert code == 1
+    assert "features of the tokenizer are not finite in float16, which is too narrow for it: give float32" in errors
+    monkeypatch.setattr("models.precision.told_of_tokens", lambda *_: "as if the first images had been small")
+    code, _, errors = command(*words)
     assert code == 1
     assert "--precision=float16: features of images are not finite, so they have no tokens: give float32" in errors
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"plan.json"}
