@@ -166,17 +166,22 @@ def tokenizer_in(tokenizer: VQVAE, encoder: str = "float32", decoder: str = "flo
 
 
 def changed_tokens(exact: VQVAE, other: VQVAE, images: Tensor) -> list[float]:
-    """The share, 0 to 1, of the tokens of images (B, 3, H, W) in [-1, 1] that differ from those of float32, by scale."""
+    """The share, 0 to 1, of the tokens of images (B, 3, H, W) in [-1, 1] that differ from those of float32, by scale.
+
+    ValueError where features do not fit into the other's precision.
+    """
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = exact.encode(images)
-    pairs = zip(expected, other.encode(images), strict=True)
+    indices, finite = other.encode_checked(images)
+    if not finite:
+        name = str(other.before_quantizer.weight.dtype).removeprefix("torch.")
+        raise ValueError(f"features of the tokenizer are not finite in {name}, which is too narrow for it: give float32")
+    pairs = zip(expected, indices, strict=True)
     return [(ours != theirs).float().mean().item() for ours, theirs in pairs]
 
 
 def told_of_tokens(name: str, exact: VQVAE, other: VQVAE, images: Tensor) -> str:
-    """One line about what a precision does to the tokens of some images. ValueError where their features do not fit into it."""
-    if not other.encode_checked(images)[1]:
-        raise ValueError(f"features of the tokenizer are not finite in {name}, which is too narrow for it: give float32")
+    """One line about what a precision does to the tokens of some images; ValueError as `changed_tokens`."""
     by_scale = changed_tokens(exact, other, images)
     lengths = exact.pyramid.lengths
     whole = sum(share * length for share, length in zip(by_scale, lengths, strict=True)) / sum(lengths)

@@ -21,7 +21,7 @@ from models.pyramid import Pyramid
 from models.ssm import Mamba2
 from models.tokenizer import TokenizerConfig
 from models.transformer import Block, TransformerConfig, family_config
-from utils import cli
+from utils import cli, plots
 from utils.cli import flag
 from utils.files import check_folder
 
@@ -162,7 +162,7 @@ class Sheet:
         """With a palette, as there are few colours: a third of the size, and no version of matplotlib in the file."""
         drawn = io.BytesIO()
         self.figure.savefig(drawn, dpi=DOTS_PER_INCH, format="png")
-        Image.open(drawn).convert("RGB").quantize(NUM_COLOURS).save(path, optimize=True)
+        plots.save(Image.open(drawn).convert("RGB").quantize(NUM_COLOURS), path, optimize=True)
 
 
 # --- the pictures -------------------------------------------------------------------------------------------------------

@@ -90,8 +90,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(ranks, images, tokenizer, tmp_
     assert process.wait(ENDS_WITHIN) == 1, (tmp_path / "output").read_text()
     output = (tmp_path / "output").read_text()
     assert "a process that loads images has ended" in output
-    # torch raises in a signal handler: where that interrupts what nothing may come out of, Python prints and ignores it
-    assert ranks > 1 or output.count("Traceback") == output.count("Exception ignored")
+    assert ranks > 1 or "Traceback" not in output
 
 
 BROKEN = """

@@ -98,6 +98,19 @@ def test_a_lack_of_memory_gets_one_line(size):
     assert result.stderr.count("\n") == 1
 
 
+def test_a_lost_worker_that_comes_up_where_nothing_can_be_raised_is_not_told():
+    """torch's signal handler raises wherever it interrupts."""
+    program = (
+        "from utils import cli\nclass Ends:\n    def __init__(self, text): self.text = text\n"
+        "    def __del__(self): raise RuntimeError(self.text)\n"
+        "def main():\n    Ends('DataLoader worker (pid 1) is killed')\n    Ends('another')\ncli.run(main)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert "DataLoader worker" not in result.stderr
+    assert "RuntimeError: another" in result.stderr
+
+
 def test_the_traceback_can_be_asked_for(tmp_path):
     program = "from utils import cli\ndef main(): raise ValueError('wrong\\nhere')\ncli.run(main)"
     shown = {}

@@ -164,6 +164,20 @@ def lacks_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and by_torch)
 
 
+class _Unraisable:
+    """What Python does with errors that cannot be raised where they come up, such as the end of a weak reference.
+
+    Those of torch's signal handler are left out: it raises wherever it interrupts, and the loader notices the loss itself.
+    """
+
+    def __init__(self):
+        self.usual = sys.unraisablehook
+
+    def __call__(self, told: Any) -> None:
+        if not str(told.exc_value).startswith(LOST_WORKER):
+            self.usual(told)
+
+
 def _in_short(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
@@ -173,6 +187,8 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     With MVAR_TRACEBACK=1 in the environment the whole traceback is shown.
     """
+    if not isinstance(sys.unraisablehook, _Unraisable):
+        sys.unraisablehook = _Unraisable()
     is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         main()

@@ -182,7 +182,8 @@ class TrainConfig:
         if self.train_only and not self.init_from:
             raise ValueError(f"--train_only={self.train_only}: the other parts would stay as they were drawn: give --init_from")
         self._check_adapters()
-        self._check_contrast()
+        if self.objective == "cca":
+            self._check_contrast()
         if self.parallel == "fsdp" and self.fp16 == 1:
             raise ValueError("--parallel=fsdp with --fp16=1: sharded training has no loss scaling: give --fp16=2 (bfloat16)")
 
@@ -224,8 +225,6 @@ class TrainConfig:
             raise ValueError(f"--lora={self.lora}: adapters are small: give --parallel=ddp")
 
     def _check_contrast(self) -> None:
-        if self.objective != "cca":
-            return
         if not self.init_from:
             raise ValueError("--objective=cca: starts from a trained transformer: give --init_from")
         if self.pg or self.scale_groups != "together" or self.parallel == "fsdp" or self.ls:

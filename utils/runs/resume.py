@@ -1,6 +1,5 @@
 """What a run takes up again: the checkpoint that all ranks agree on, whether it fits, and the seed."""
 
-import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dist import Ranks
-from models.storage import read_config, read_description
+from models.storage import read_config, read_description, read_json
 from models.transformer import ScaleTransformer
 from utils.runs.checkpoints import checkpoint_path, choose_intact, latest_checkpoint, step_of
 from utils.runs.config import TrainConfig
@@ -92,7 +91,7 @@ def chosen_seed(seed: int | None, run: Path, ranks: Ranks) -> int:
     saved = run / "config.json"
     if ranks.is_main and saved.exists() and latest_checkpoint(run):
         try:
-            seed = int(json.loads(saved.read_bytes())["training"]["seed"])
+            seed = int(read_json(saved)["training"]["seed"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{saved}: does not say the seed of the run in {run}: restore the file, or give --seed") from error
     return int(ranks.from_main(seed))

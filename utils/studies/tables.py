@@ -164,7 +164,7 @@ def table_of_scores(runs: Sequence[Run], comparison: str, real: Run) -> str:
         failed = sum(run["row"] == row for run in own) - len(ours)
         seeds = f"{len(ours)}, {failed} failed" if failed else str(len(ours))
         lines.append([row, seeds, *(cell(ours, key) for key in keys)])
-    few = real.get("images", math.inf) < min((run.get("samples", 0) for run in own), default=0)
+    few = real.get("images", math.inf) < max((run.get("samples", 0) for run in own), default=0)
     name = f"real images, {real['images']} only" if few else "real images"
     lines.append([name, "", *(f"{real[key]:{FIGURES[key].form}}" if key in real else "" for key in keys)])
     return markdown(lines)
