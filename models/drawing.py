@@ -23,7 +23,10 @@ def draw_labels(num_classes: int, batch: int, generator: torch.Generator | None 
 
 
 def guide(logits: Tensor, strength: float) -> Tensor:
-    """Classifier-free guidance: logits (2B, l, V), conditional rows first -> (1 + strength) * cond - strength * uncond."""
+    """Classifier-free guidance: logits (2B, l, V), conditional rows first -> (1 + strength) * cond - strength * uncond.
+
+    Or of what a linear head makes logits from, (2B, l, C).
+    """
     conditional, unconditional = logits.chunk(2)
     return torch.lerp(unconditional, conditional, 1 + strength)
 

@@ -177,9 +177,7 @@ def sample_steps(
             predictor = Predictor(refiner.transformer, labels, guided)
             state = state._replace(blocks=predictor.state_after(inputs))
         inputs.append(state.inputs)
-        logits, blocks = predictor.advance(state.inputs, k, state.blocks)
-        if k in guided:
-            logits = guide(logits, config.strength(progress))
+        logits, blocks = predictor.advance(state.inputs, k, state.blocks, config.strength(progress))
         finite = (logits.abs() < LARGEST_LOGIT).all()  # not where one is NaN
         divisor = config.divisor(progress)
         logits = filter_logits(logits if divisor == 1 else logits / divisor, config.top_k, config.top_p, config.min_p)
@@ -231,13 +229,15 @@ class Predictor:
         drawn, conditioning = (drawn.repeat(2, 1, 1), self.both) if is_doubled else (drawn, self.conditional)
         return self.transformer.advance(drawn, range(len(inputs)), conditioning)[1]
 
-    def advance(self, inputs: Tensor, k: int, states: tuple[BlockState, ...]) -> tuple[Tensor, tuple[BlockState, ...]]:
-        """Inputs (B, h_k * w_k, code_dim) of scale k -> its logits, (2B, ...) where it is guided and (B, ...) elsewhere."""
-        scale = range(k, k + 1)
-        if k in self.doubled:
-            logits, states = self.transformer.advance(inputs.repeat(2, 1, 1), scale, self.both, states)
-            return logits if k in self.guided else logits[: self.batch], states
-        return self.transformer.advance(inputs, scale, self.conditional, first_rows(states, self.batch))
+    def advance(
+        self, inputs: Tensor, k: int, states: tuple[BlockState, ...], strength: float
+    ) -> tuple[Tensor, tuple[BlockState, ...]]:
+        """Inputs (B, h_k * w_k, code_dim) of scale k -> its logits (B, h_k * w_k, V), guided or not, and the next state."""
+        inputs, conditioning = (inputs.repeat(2, 1, 1), self.both) if k in self.doubled else (inputs, self.conditional)
+        hidden, states = self.transformer.hidden(inputs, range(k, k + 1), conditioning, first_rows(states, len(inputs)))
+        # The head is linear and guidance a sum with the weights 1 + t and -t: guiding what it reads is half of its products.
+        hidden = guide(hidden, strength) if k in self.guided else hidden[: self.batch]
+        return self.transformer.logits(hidden), states
 
 
 def first_rows(parts: Any, count: int) -> Any:

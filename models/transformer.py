@@ -245,17 +245,20 @@ class ScaleTransformer(nn.Module, HubModel):
         return tuple(block.init_state(batch) for block in self.blocks)
 
     def advance(
-        self,
-        inputs: Tensor,
-        scales: range,
-        conditioning: Conditioning,
-        states: tuple[BlockState, ...] | None = None,
+        self, inputs: Tensor, scales: range, conditioning: Conditioning, states: tuple[BlockState, ...] | None = None
     ) -> tuple[Tensor, tuple[BlockState, ...]]:
         """Logits of consecutive scales and the state after them.
 
         inputs: code vectors (B, n, code_dim) of these scales, without the first scale, which has none. states: after the
         scales before these; None stands for the beginning. Returns logits (B, L_of_scales, V) float32, states.
         """
+        hidden, states = self.hidden(inputs, scales, conditioning, states)
+        return self.logits(hidden), states
+
+    def hidden(
+        self, inputs: Tensor, scales: range, conditioning: Conditioning, states: tuple[BlockState, ...] | None = None
+    ) -> tuple[Tensor, tuple[BlockState, ...]]:
+        """What `advance` turns into logits: (B, L_of_scales, C) in float32, and the state."""
         if states is None:
             states = tuple((None,) * len(block.mixers) for block in self.blocks)
         next_states = []
@@ -264,7 +267,16 @@ class ScaleTransformer(nn.Module, HubModel):
             for block, modulation, state in zip(self.blocks, conditioning.blocks, states, strict=True):
                 x, state = block(x, modulation, scales, state)
                 next_states.append(state)
-        return self._logits(x, conditioning), tuple(next_states)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            x = modulate(x.to(wide), conditioning.head_scale.to(wide), conditioning.head_shift.to(wide))
+        return x, tuple(next_states)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V)."""
+        # Differs from VAR: under autocast too the head is float32; the released one is half precision in spite of its float().
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden, self.head.weight.to(hidden.dtype), self.head.bias.to(hidden.dtype))
 
     def forward(self, labels: Tensor, inputs: Tensor, first_scale: int = 0) -> Tensor:
         """Teacher forcing: labels (B,), inputs (B, L - h_1 * w_1, code_dim) -> logits (B, L, V) float32.
@@ -299,13 +311,6 @@ class ScaleTransformer(nn.Module, HubModel):
             x = torch.cat([conditioning.start.to(dtype), x], dim=1)
         x = x + self.scale_embed(self.scale_ids[tokens]) + self.position_embed[:, tokens]
         return x.to(dtype)
-
-    def _logits(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        # Differs from VAR: under autocast too the head is float32; the released one is half precision in spite of its float().
-        with torch.autocast(x.device.type, enabled=False):
-            x = modulate(x.to(wide), conditioning.head_scale.to(wide), conditioning.head_shift.to(wide))
-            return F.linear(x, self.head.weight.to(wide), self.head.bias.to(wide))
 
     @torch.no_grad()
     def init_weights(

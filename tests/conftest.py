@@ -12,6 +12,9 @@ from commands import SMALL, make_images, make_tokenizer
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from utils.allocator import keep_memory
+
+keep_memory()  # as in commands
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background with it ignored
 
 

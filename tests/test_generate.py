@@ -116,13 +116,13 @@ def test_greedy_tokens_are_the_argmax_of_one_pass_over_them(name):
 
 def rows_by_scale(model, monkeypatch) -> list[int]:
     """Fills with the rows that the transformer computes at every scale."""
-    rows, advance = [], model.advance
+    rows, hidden = [], model.hidden
 
     def counted(inputs, scales, conditioning, states=None):
         rows.append(len(inputs))
-        return advance(inputs, scales, conditioning, states)
+        return hidden(inputs, scales, conditioning, states)
 
-    monkeypatch.setattr(model, "advance", counted)
+    monkeypatch.setattr(model, "hidden", counted)
     return rows
 
 

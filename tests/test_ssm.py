@@ -118,13 +118,15 @@ def test_scan_gradients_equal_those_of_the_recurrence(length):
 
 
 def test_long_sequences_go_piece_by_piece_with_the_same_result(random_block, monkeypatch):
-    x = torch.randn(2, 23, 64, generator=seeded(7), dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 23, 64, generator=seeded(7), dtype=torch.float64, requires_grad=True)
     results = []
-    for longest in (23, 10):
+    for longest in (69, 50, 23, 10):  # all images at once, two and one, each alone, each in pieces
         monkeypatch.setattr(ssm, "MAX_PIECE", longest)
-        y, state = random_block(x, range(1))
-        results.append((y, *state, *torch.autograd.grad(y.square().sum(), x)))
-    torch.testing.assert_close(*results)
+        first, state = random_block(x[:, :3], range(1))
+        y, state = random_block(x[:, 3:], range(1), state)
+        results.append((first, y, *state, *torch.autograd.grad(y.square().sum(), x)))
+    for others in results[1:]:
+        torch.testing.assert_close(others, results[0])
 
 
 def test_float32_gradients_over_a_whole_pyramid():

@@ -10,6 +10,8 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NoReturn, TypeVar
 
+from utils.allocator import keep_memory
+
 Config = TypeVar("Config")
 LOST_WORKER = "DataLoader worker"  # how torch begins to say that one has ended
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -187,6 +189,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     With MVAR_TRACEBACK=1 in the environment the whole traceback is shown.
     """
+    keep_memory()
     if not isinstance(sys.unraisablehook, _Unraisable):
         sys.unraisablehook = _Unraisable()
     is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
