@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from models.precision import is_worth_it
 from utils import cli, plots
 from utils.checkpoint import load_tokenizer
 from utils.cli import flag
@@ -54,19 +55,7 @@ class DemoConfig:
 
 def precision() -> int:
     """--fp16 for this machine: bfloat16 on a GPU or a CPU that multiplies matrices much faster in it, else float32."""
-    if torch.cuda.is_available():
-        return 2
-
-    def seconds(dtype: torch.dtype) -> float:
-        x = torch.ones(1024, 1024, dtype=dtype)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return 2 if seconds(torch.bfloat16) < 0.5 * seconds(torch.float32) else 0
+    return 2 if torch.cuda.is_available() or is_worth_it(torch.nn.Linear(1024, 1024), torch.ones(1024, 1024)) else 0
 
 
 def run(title: str, *command: str | Path) -> None:
