@@ -13,8 +13,8 @@ def keep_memory() -> None:
     """Keep what is freed for the next tensor instead of giving it back to the system; of the whole process, on Linux.
 
     glibc gives large blocks back as soon as they are free, and every page that comes anew is cleared by the kernel first: a
-    fifth of the time of a small training on a CPU, a tenth of decoding in half precision. With a GPU the large tensors are on
-    it, and memory is left as it is.
+    fifth of the time of a small training on a CPU (results/allocator.json). With a GPU the large tensors are on it, and memory
+    is left as it is.
     """
     if sys.platform != "linux" or torch.cuda.is_available():
         return
