@@ -21,7 +21,7 @@ from torch import Tensor
 from models.drawing import Generators, draw_indices, exponential_noise, filter_logits, guide, image_seed, mix_weights
 from models.editing import Kept
 from models.tokenizer import VQVAE
-from models.transformer import BlockState, ScaleTransformer
+from models.transformer import BlockState, Conditioning, ScaleTransformer
 
 # Images of a series that are always computed together. The rounding of a matrix product depends on its size, so the same image
 # in a batch of another size could come out otherwise.
@@ -224,20 +224,22 @@ class Predictor:
         """The state after the scales with these inputs, each (B, h_k * w_k, code_dim), that another transformer has drawn."""
         if self.transformer.scales_are_independent:
             return self.init_state()
-        is_doubled = len(inputs) in self.doubled
-        drawn = torch.cat(inputs, dim=1)
-        drawn, conditioning = (drawn.repeat(2, 1, 1), self.both) if is_doubled else (drawn, self.conditional)
-        return self.transformer.advance(drawn, range(len(inputs)), conditioning)[1]
+        drawn, conditioning = self._rows(torch.cat(inputs, dim=1), len(inputs))
+        return self.transformer.hidden(drawn, range(len(inputs)), conditioning)[1]
 
     def advance(
         self, inputs: Tensor, k: int, states: tuple[BlockState, ...], strength: float
     ) -> tuple[Tensor, tuple[BlockState, ...]]:
         """Inputs (B, h_k * w_k, code_dim) of scale k -> its logits (B, h_k * w_k, V), guided or not, and the next state."""
-        inputs, conditioning = (inputs.repeat(2, 1, 1), self.both) if k in self.doubled else (inputs, self.conditional)
+        inputs, conditioning = self._rows(inputs, k)
         hidden, states = self.transformer.hidden(inputs, range(k, k + 1), conditioning, first_rows(states, len(inputs)))
         # The head is linear and guidance a sum with the weights 1 + t and -t: guiding what it reads is half of its products.
         hidden = guide(hidden, strength) if k in self.guided else hidden[: self.batch]
         return self.transformer.logits(hidden), states
+
+    def _rows(self, inputs: Tensor, k: int) -> tuple[Tensor, Conditioning]:
+        """Inputs (B, n, code_dim) and what they depend on, with the rows of no class where scale k has them."""
+        return (inputs.repeat(2, 1, 1), self.both) if k in self.doubled else (inputs, self.conditional)
 
 
 def first_rows(parts: Any, count: int) -> Any:
@@ -258,7 +260,7 @@ def state_bytes(transformer: ScaleTransformer, rows: int) -> int:
     conditioning = transformer.condition(torch.zeros(rows, dtype=torch.long, device=transformer.head.weight.device))
     inputs = conditioning.start.new_zeros(rows, 0, transformer.config.code_dim)
     with torch.no_grad():
-        _, states = transformer.advance(inputs, range(1), conditioning, transformer.init_state(rows))
+        _, states = transformer.hidden(inputs, range(1), conditioning, transformer.init_state(rows))
     return sum(part.nbytes for block in states for state in block for part in state)
 
 

@@ -21,8 +21,7 @@ def faults_of_tensor() -> int:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="of glibc")
 def test_freed_memory_serves_the_next_tensor():
     allocator.keep_memory()
-    first = faults_of_tensor()
-    assert first >= 0
+    faults_of_tensor()
     assert faults_of_tensor() < BYTES // resource.getpagesize() // 100
 
 
