@@ -10,7 +10,7 @@ MOST = 2**31 - 1  # bytes, of the largest int
 
 
 def keep_memory() -> None:
-    """Keep what is freed for the next tensor instead of giving it back to the system; of the whole process, on Linux.
+    """Keep what the main thread frees for its next tensor instead of giving it back to the system; on Linux.
 
     glibc gives large blocks back as soon as they are free, and every page that comes anew is cleared by the kernel first: a
     fifth of the time of a small training on a CPU (results/allocator.json). With a GPU the large tensors are on it, and memory
