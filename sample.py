@@ -42,13 +42,13 @@ from models.tokenizer import VQVAE
 from models.transformer import ScaleTransformer
 from utils import cli, plots
 from utils.background import Background
-from utils.checkpoint import load_pair, load_transformer
+from utils.checkpoint import files_read, load_pair, load_transformer
 from utils.class_names import are_drawn, parse_classes, shown_names, told_classes
 from utils.data.token_cache import check_classes, check_trained_on
 from utils.dump import Dump, begun_settings, finished_settings, strangers_in
 from utils.evidence import commit
 from utils.files import check_writable
-from utils.runs.checkpoints import checkpoints, find_truncation, step_of
+from utils.runs.checkpoints import intact_checkpoints, step_of
 from utils.sampling.config import AUTO, SampleConfig, Setting
 from utils.sampling.editing import Edited, check_pictures
 from utils.sampling.judging import BestOf, Judge, Sampler
@@ -272,7 +272,7 @@ def draw_history(
 
     Returns what was written.
     """
-    whole = [checkpoint for checkpoint in checkpoints(Path(config.history)) if find_truncation(checkpoint) is None]
+    whole = intact_checkpoints(Path(config.history), functools.partial(files_read, ema=config.ema))
     if not whole:
         raise FileNotFoundError(f"--history={config.history}: no run with checkpoints: give the directory of one")
     rows = {}

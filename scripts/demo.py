@@ -243,12 +243,12 @@ def main() -> None:
     # validated at the end alone, as validations take their time from training
     train_tokenizer += ("--lr=1.5e-3", "--log_every=50", "--save_every=1000", "--val_every=1000000", f"--fp16={fp16}")
     run(
-        "1/5 training the tokenizer: images <-> 1+4+9+16 tokens",
+        "1/4 training the tokenizer: images <-> 1+4+9+16 tokens",
         *(*train_tokenizer, "--out", tokenizer, "--gan=0", f"--max_minutes={config.tokenizer_minutes}"),
     )
     if not (tokens / "manifest.json").exists():
         run(
-            "2/5 encoding the images once",
+            "2/4 encoding the images once",
             *("scripts/cache_tokens.py", "--vae", tokenizer, "--data_path", images, "--out", tokens),
             *("--resize=1", "--center_crop"),
         )
@@ -259,13 +259,16 @@ def main() -> None:
     # tokens stay what they are while the decoder learns, so both can be trained at the same time
     refine = (*train_tokenizer, "--out", refined, "--refine", tokenizer, minutes)
     refine += ("--lr_end=0.01", "--gan=0.017")
-    run_together("3/5 training M-VAR on the tokens, and the tokenizer's decoder", {"M-VAR": train, "decoder": refine})
+    run_together("3/4 training M-VAR on the tokens, and the tokenizer's decoder", {"M-VAR": train, "decoder": refine})
     sampling = ("sample.py", "--ckpt", transformer, "--vae", refined, "--overwrite", "--seed=1")
     sampling += ("--cfg=1.5", "--top_k=0", "--top_p=0.96")
     samples = out / "samples.npz"
-    run("4/5 sampling", *sampling, "--format=npz", f"--num={NUM_SAMPLES}", "--batch=100", "--out", samples)
-    run("5/5 pictures", *sampling, "--format=grid", "--out", out / "samples.png")
-    run("5/5 pictures", *sampling, "--format=scales", "--out", out / "scales.png")
+    wanted = {
+        "samples": ("--format=npz", f"--num={NUM_SAMPLES}", "--batch=100", "--out", samples),
+        "grid": ("--format=grid", "--out", out / "samples.png"),
+        "scales": ("--format=scales", "--out", out / "scales.png"),
+    }
+    run_together("4/4 sampling", {name: (*sampling, *words) for name, words in wanted.items()})
 
     draw_reconstructions(images, refined, out / "reconstructions.png")
     entropy = unigram_entropy(TokenCache(tokens, "train"), TokenCache(tokens, "val"))

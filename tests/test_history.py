@@ -1,5 +1,7 @@
 """The same images over the checkpoints of a run, and from one class to another."""
 
+import shutil
+
 import pytest
 import torch
 from commands import SMALL, assert_refused, run_in_process
@@ -10,6 +12,7 @@ import sample
 import train
 from dist import Ranks
 from models.generate import generate
+from models.storage import AVERAGED
 from utils import cli
 from utils.runs.config import TrainConfig
 
@@ -41,6 +44,17 @@ def test_a_row_and_a_frame_for_every_checkpoint(run, tmp_path, command):
     code, _, errors = command("--history", run, "--classes=0", "--out", tmp_path / "history.png")
     assert_refused(code, errors, "history.gif: is there already: give another --out, or --overwrite")
     assert (tmp_path / "history.gif").read_bytes() == film
+
+
+def test_a_damaged_checkpoint_is_left_out(run, tmp_path, command):
+    damaged = shutil.copytree(run, tmp_path / "run") / "checkpoints" / "step_2" / AVERAGED
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    code, output, errors = command("--history", tmp_path / "run", "--classes=0", "--out", tmp_path / "history.png")
+    assert code == 0, errors
+    assert f"step_2: damaged, {AVERAGED} is not what was written (SHA-256 differs): left out" in errors
+    assert "by each of 2 checkpoints" in output
 
 
 @pytest.mark.parametrize(

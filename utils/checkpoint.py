@@ -232,10 +232,10 @@ def locate(source: str | Path, wanted: str, ema: bool | None = None) -> Path:
     path = Path(source)
     if path.is_dir():
         if is_sharded(path) or all((path / name).exists() for name in (CONFIG, WEIGHTS)):
-            check_intact(path, _files_read(path, ema))
+            check_intact(path, files_read(path, ema))
             directory: Path | None = path
         else:
-            directory = latest_intact(path, functools.partial(_files_read, ema=ema))
+            directory = latest_intact(path, functools.partial(files_read, ema=ema))
         if directory is None:
             raise FileNotFoundError(
                 f"{path}: no complete checkpoint in it: give a run directory, a checkpoint directory or a released .pth"
@@ -243,7 +243,7 @@ def locate(source: str | Path, wanted: str, ema: bool | None = None) -> Path:
         return directory / (SHARDS if is_sharded(directory) else WEIGHTS)
     if path.is_file():
         if is_ours(path):
-            check_intact(path.parent, _files_read(path.parent, path.name == AVERAGED))
+            check_intact(path.parent, files_read(path.parent, path.name == AVERAGED))
         return path
     name = HubName.parse(str(source))
     if name is None or (name.file is None and path.suffix in (".pth", ".pt", ".safetensors")):
@@ -251,7 +251,7 @@ def locate(source: str | Path, wanted: str, ema: bool | None = None) -> Path:
     return download(name)
 
 
-def _files_read(checkpoint: Path, ema: bool | None) -> re.Pattern:
+def files_read(checkpoint: Path, ema: bool | None) -> re.Pattern:
     """The names of the files that are read of a checkpoint; ema: as in `locate`."""
     names = [CONFIG, *([AVERAGED] if ema is not False else []), *([] if ema and _is_average_whole(checkpoint) else [WEIGHTS])]
     return re.compile("|".join([*map(re.escape, names), f"{SHARDS}/.*"]))

@@ -59,6 +59,15 @@ def latest_intact(run: Path, files: Callable[[Path], Pattern]) -> Path | None:
     return None
 
 
+def intact_checkpoints(run: Path, files: Callable[[Path], Pattern]) -> list[Path]:
+    """All whole checkpoints in which such files are what was written, oldest first; damaged ones are told of on stderr."""
+    faults = {path: find_truncation(path) or find_damage(path, files(path)) for path in checkpoints(run)}
+    for path, fault in faults.items():
+        if fault is not None:
+            _tell(f"{path}: damaged, {fault}: left out")
+    return [path for path, fault in faults.items() if fault is None]
+
+
 @functools.cache
 def _tell(line: str) -> None:
     """Once, as a command looks at the same run at several places."""
