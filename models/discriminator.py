@@ -26,6 +26,14 @@ class DiscriminatorConfig:
         if self.width < 1 or self.strided < 1:
             raise ValueError(f"discriminator of width {self.width} with {self.strided} strided layers: give at least 1 each")
 
+    def check_side(self, pixels: int) -> None:
+        """ValueError where images of this side are halved until nothing is left to judge."""
+        if pixels < 2**self.strided:
+            most = pixels.bit_length() - 1
+            raise ValueError(
+                f"discriminator with {self.strided} strided layers: {pixels} px can be halved {most} times: give less"
+            )
+
 
 class PatchDiscriminator(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> (B, 1, h, w) judgements of overlapping patches: high where they look real."""

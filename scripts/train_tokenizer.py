@@ -66,12 +66,16 @@ class ImageReconstruction(Task):
         self.tokenizer = first_tokenizer(config).to(ranks.device)
         *self.images, self.told = images_of(config, ranks, Path(config.out) / RECORD)  # to train on, held out
         self.data = self._build_data()
-        self.title, self.details = f"tokenizer {config.preset}", f"pyramid {self.tokenizer.pyramid}"
+        start = config.refine or config.init_from  # whose sizes count
+        self.title = f"tokenizer from {start}" if start else f"tokenizer {config.preset}"
+        self.details = f"pyramid {self.tokenizer.pyramid}"
         self.spread = self.tokenizer if ranks.world == 1 else replicated(self.tokenizer)
         trained = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.5, 0.9), weight_decay=config.weight_decay, fused=True)
         self.parts = {MODEL: Part(self.tokenizer, optimizer, config.clip)}
         self.perceptual = build_perceptual(config, ranks.device)
+        if config.gan and not config.gan_features:
+            config.discriminator().check_side(min(self.tokenizer.config.image_shape))
         self.critic = Critic(critic_config(config, ranks.device), ranks) if config.gan else None
         if self.critic is not None:
             self.parts[CRITIC] = Part(self.critic.model, self.critic.optimizer, CRITIC_CLIP)

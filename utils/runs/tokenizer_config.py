@@ -159,6 +159,9 @@ class TokenizerTraining:
                 self.gan,
                 "there is no discriminator at --gan=0: give a weight, or leave it out",
             ),
+            (("gan_layers", "gan_norm"), not self.gan_features, "there are heads of one kind on --gan_features: leave it out"),
+            (("vq",), not self.refine, "codes stay what they are with --refine: leave it out"),
+            (("matching",), self.vq, "is within --vq, which is 0: give that, or leave it out"),
             (("gan_least", "gan_most"), self.gan_adaptive, "is of --gan_adaptive: give that, or leave it out"),
             (("gan_weights", "gan_sha256"), dino, "is read with --gan_features=dino alone: give both or neither"),
             (("lpips_weights", "lpips_sha256"), self.lpips, "is read with --lpips alone: give both or neither"),
@@ -176,6 +179,8 @@ class TokenizerTraining:
             raise ValueError(
                 "--best=val_fd: it is measured with --val_fd alone: give a number of images, such as --val_fd=1000"
             )
+        if self.gan and self.gan_from == 1:
+            raise ValueError("--gan_from=1.0: the discriminator would never begin: give less, or --gan=0")
         if self.gan_least > self.gan_most:
             raise ValueError(f"--gan_least={self.gan_least} is above --gan_most={self.gan_most}: give less")
         for wanted, asked, prefix in (
