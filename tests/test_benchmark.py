@@ -9,7 +9,7 @@ from small_models import small_transformer
 from models.pyramid import STANDARD_SIDES, Pyramid
 from models.transformer import family_config
 from scripts.benchmarks import attention, check_data, length, memory, table
-from scripts.benchmarks.config import DEFAULTS
+from scripts.benchmarks.config import DEFAULTS, FLAGS
 
 benchmark = script("benchmark")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -280,6 +280,8 @@ def test_looking_at_a_folder_counts_all_of_its_pictures_and_processes(measure, t
 
 def test_defaults_are_of_commands_that_there_are():
     assert DEFAULTS.keys() <= benchmark.MEASUREMENTS.keys()
+    assert FLAGS.keys() == benchmark.MEASUREMENTS.keys()
+    assert all(DEFAULTS[command].keys() <= set(FLAGS[command]) for command in DEFAULTS)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +295,8 @@ def test_defaults_are_of_commands_that_there_are():
         (["tokens", "--batch=0"], "--batch=0: give at least 1"),
         (["tokenizer", "--presets=f8-32,f9"], "--presets=f8-32,f9: no f9: give some of f16-256"),
         (["training", "--tfast=4"], "--tfast=4: give some of 0,1,2,3"),
+        (["peer", "--batch=4"], "--batch=4: peer does not read it: leave it out"),
+        (["scan", "--threads=1"], "--threads=1: scan does not read it"),
         (["training", "--pn=256,512"], "--pn=256,512: training takes one pyramid"),
     ],
 )

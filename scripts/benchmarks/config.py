@@ -1,6 +1,6 @@
 """What the measurements of scripts/benchmark.py are told on the command line, and the numbers that several of them take."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -8,7 +8,7 @@ from models.families import FAMILIES
 from models.pyramid import Pyramid
 from models.scan_backends import SCAN_BACKENDS
 from models.tokenizer import TOKENIZER_PRESETS
-from utils.cli import argument, flag
+from utils.cli import argument, check_idle, flag
 
 PIXELS, NUM_CLASSES = 256, 1000
 IMAGENET_IMAGES = 1_281_167
@@ -32,6 +32,27 @@ DEFAULTS: dict[str, dict] = {
         "batch": 32,
     },
 }
+# What each command reads, beside --json and --overwrite.
+FLAGS: dict[str, tuple[str, ...]] = {
+    "tokens": ("batch", "rows", "repeats"),
+    "listing": ("rows", "workers"),
+    "memory": ("family", "depth", "real"),
+    "sampling": ("family", "depth", "pn", "precision", "batch", "repeats"),
+    "peer": ("depth", "batches", "threads", "checkout", "repeats"),
+    "profile": ("family", "depth", "precision", "batch", "repeats"),
+    "tokenizer": ("precision", "batch", "presets", "repeats"),
+    "training": ("family", "depth", "pn", "tfast", "precision", "scan_backend", "batch", "repeats"),
+    "scan": ("depth", "pn", "batch", "repeats"),
+    "attention": ("sides", "heads", "batch", "repeats"),
+    "length": ("batch", "repeats"),
+    "table": ("family", "depth", "pn", "precision", "batch", "repeats"),
+    "check_data": ("rows", "processes", "repeats"),
+}
+
+
+def readers(name: str) -> str:
+    """The commands that read a flag, for its help."""
+    return ", ".join(command for command, names in FLAGS.items() if name in names)
 
 
 @dataclass(frozen=True)
@@ -39,20 +60,20 @@ class BenchmarkConfig:
     """Arguments of scripts/benchmark.py, which knows the commands."""
 
     command: str = argument("what is measured")
-    family: str | None = flag(None, f"memory, sampling, training, table: kinds of transformer, of {', '.join(FAMILIES)}")
-    depth: str | None = flag(None, "memory, sampling, training, scan, table: depths, comma-separated")
-    pn: str | None = flag(None, "sampling, training, scan, table: pyramids, as in train.py, comma-separated", "--pixels")
+    family: str | None = flag(None, f"{readers('family')}: kinds of transformer, of {', '.join(FAMILIES)}")
+    depth: str | None = flag(None, f"{readers('depth')}: depths, comma-separated")
+    pn: str | None = flag(None, f"{readers('pn')}: pyramids, as in train.py, comma-separated", "--pixels")
     tfast: str = flag("0,3", "training: modes of compilation, as in train.py, comma-separated")
     precision: str = flag(
         "",
-        "profile, sampling, tokenizer, training; empty: bfloat16 on GPUs, else float32",
+        f"{readers('precision')}; empty: bfloat16 on GPUs, else float32",
         choices=("", "float32", "float16", "bfloat16"),
     )
     scan_backend: str = flag("auto", "training: as in train.py", choices=SCAN_BACKENDS)
     real: bool = flag(False, "memory: compute on this machine, which takes the memory and the time, instead of imitating a GPU")
     sides: str = flag("13,16,18,24,32,48,64", "attention: sides of maps, comma-separated")
     heads: str = flag("4,12", "attention: numbers of heads, comma-separated")
-    batch: int | None = flag(None, "images per batch")
+    batch: int | None = flag(None, f"{readers('batch')}: images per batch")
     batches: str = flag("1,4", "peer: images per batch, comma-separated")
     threads: str = flag("1,2", "peer: numbers of threads, comma-separated")
     presets: str = flag("f8-32", "tokenizer: presets, comma-separated")
@@ -62,11 +83,14 @@ class BenchmarkConfig:
     )
     workers: int = flag(10, "listing: processes that the names are shared with")
     processes: str = flag("1,2", "check_data: numbers of processes, comma-separated")
-    repeats: int = flag(7, f"the median of so many measurements, tokens: of {BATCHES_PER_REPEAT} batches")
+    repeats: int = flag(7, f"{readers('repeats')}: the median of so many measurements, tokens: of {BATCHES_PER_REPEAT} batches")
     json: str = flag("", "file to store the figures in, with command, machine, versions and commit")
     overwrite: bool = flag(False, "replace what is at --json")
 
     def __post_init__(self):
+        read = {*FLAGS.get(self.command, ()), "command", "json", "overwrite"}
+        others = [field.name for field in fields(BenchmarkConfig) if field.name not in read]
+        check_idle(self, others, f"{self.command} does not read it: leave it out")
         for name, value in (COMMON | DEFAULTS.get(self.command, {})).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
