@@ -17,8 +17,9 @@ from models.storage import CONFIG, WEIGHTS, Description, first_line, read_model,
 TAGS = ["image-generation", "visual-autoregressive", "pytorch"]
 TEMPLATE = "---\n{{ card_data }}\n---\n\n{{ text }}"
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
-# What the client raises; HTTPError is the base of its transport errors, which are no OSErrors.
-HUB_ERRORS = (errors.HTTPError, errors.EntryNotFoundError, errors.HFValidationError, OSError)
+# What the client raises; HTTPError is the base of its transport errors, which are no OSErrors. RuntimeError is what the
+# versions 1.3 to 1.6 come to without a network: they close a connection that was refused, and try it again.
+HUB_ERRORS = (errors.HTTPError, errors.EntryNotFoundError, errors.HFValidationError, OSError, RuntimeError)
 
 
 class HubName(NamedTuple):
@@ -63,6 +64,7 @@ def reason(error: Exception, name: HubName, file: str = "", cache: str | Path = 
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ and not offline:
         error = error.__cause__  # why what is not in the cache was not downloaded
     repo_id, page, message = name.repository, f"{constants.ENDPOINT}/{name.repository}", first_line(error)
+    unreachable = f"the hub at {constants.ENDPOINT} is out of reach ({message}): check the network, or give a path"
     allow = "unset HF_HUB_OFFLINE to download it" if offline else "download it without local_files_only"
     foreign = "" if name.file else f"it is no model of this project: name a file of it, as in {name}:FILE, "
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
@@ -74,7 +76,8 @@ def reason(error: Exception, name: HubName, file: str = "", cache: str | Path = 
         errors.RevisionNotFoundError: f"{repo_id} has no revision {name.revision}: see {page}/commits/main",
         errors.EntryNotFoundError: f"{repo_id} has no {file}: {foreign}see {page}/tree/{name.revision or 'main'}",
         errors.HfHubHTTPError: f"the hub at {constants.ENDPOINT} answered {status}: {retry}",
-        errors.HTTPError: f"the hub at {constants.ENDPOINT} is out of reach ({message}): check the network, or give a path",
+        errors.HTTPError: unreachable,
+        RuntimeError: unreachable,
         errors.HFValidationError: f"the hub has no such names ({message}): check the spelling",
         BaseException: f"it could not be had from the hub ({message})",
     }
