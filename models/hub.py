@@ -65,6 +65,7 @@ def reason(error: Exception, name: HubName, file: str = "", cache: str | Path = 
         error = error.__cause__  # why what is not in the cache was not downloaded
     repo_id, page, message = name.repository, f"{constants.ENDPOINT}/{name.repository}", first_line(error)
     unreachable = f"the hub at {constants.ENDPOINT} is out of reach ({message}): check the network, or give a path"
+    other = f"it could not be had from the hub ({message})"
     allow = "unset HF_HUB_OFFLINE to download it" if offline else "download it without local_files_only"
     foreign = "" if name.file else f"it is no model of this project: name a file of it, as in {name}:FILE, "
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
@@ -77,9 +78,9 @@ def reason(error: Exception, name: HubName, file: str = "", cache: str | Path = 
         errors.EntryNotFoundError: f"{repo_id} has no {file}: {foreign}see {page}/tree/{name.revision or 'main'}",
         errors.HfHubHTTPError: f"the hub at {constants.ENDPOINT} answered {status}: {retry}",
         errors.HTTPError: unreachable,
-        RuntimeError: unreachable,
+        RuntimeError: unreachable if "client has been closed" in message else other,
         errors.HFValidationError: f"the hub has no such names ({message}): check the spelling",
-        BaseException: f"it could not be had from the hub ({message})",
+        BaseException: other,
     }
     return next(text for kind, text in reasons.items() if isinstance(error, kind))
 

@@ -48,7 +48,7 @@ def latest_intact(run: Path, files: Callable[[Path], Pattern]) -> Path | None:
     """
     faults: list[str] = []
     for checkpoint in reversed(checkpoints(run)):
-        fault = find_truncation(checkpoint) or find_damage(checkpoint, files(checkpoint))
+        fault = _find_fault(checkpoint, files)
         if fault is None:
             for line in faults:
                 _tell(f"{line}: taking {checkpoint.name}")
@@ -61,11 +61,16 @@ def latest_intact(run: Path, files: Callable[[Path], Pattern]) -> Path | None:
 
 def intact_checkpoints(run: Path, files: Callable[[Path], Pattern]) -> list[Path]:
     """All whole checkpoints in which such files are what was written, oldest first; damaged ones are told of on stderr."""
-    faults = {path: find_truncation(path) or find_damage(path, files(path)) for path in checkpoints(run)}
+    faults = {path: _find_fault(path, files) for path in checkpoints(run)}
     for path, fault in faults.items():
         if fault is not None:
             _tell(f"{path}: damaged, {fault}: left out")
     return [path for path, fault in faults.items() if fault is None]
+
+
+def _find_fault(checkpoint: Path, files: Callable[[Path], Pattern]) -> str | None:
+    """What is wrong with a checkpoint whose such files are to be read; None where nothing is."""
+    return find_truncation(checkpoint) or find_damage(checkpoint, files(checkpoint))
 
 
 @functools.cache
