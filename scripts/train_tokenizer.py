@@ -121,9 +121,8 @@ class ImageReconstruction(Task):
         torch.autograd.backward(list(roots), list(roots.values()))
         # what is told of it
         self.hits += torch.cat(result.indices, dim=1).flatten().bincount(minlength=len(self.hits))
-        error = F.mse_loss(decoded.detach().clamp(-1, 1), images)
         figures |= {"loss": (loss + config.vq * result.vq_loss).detach(), "vq_loss": result.vq_loss.detach()}
-        figures["psnr"] = psnr_of_error(error.clamp_min(1e-12), peak=2)
+        figures["psnr"] = psnr_of_pixels(decoded.detach(), images).mean()
         return StepResult(torch.stack(list(figures.values())).sum(), (figures, result.indices), {"learning_rate": rate})
 
     def _fidelity_losses(self, decoded: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -205,7 +204,7 @@ class ImageReconstruction(Task):
         """PSNR, SSIM and perceptual distance over all held-out images, and codes; None where a stop was requested."""
         ranks, with_ssim = self.ranks, min(tokenizer.config.image_shape) >= WINDOW
         counts = CodeCounts(tokenizer.pyramid, tokenizer.config.num_codes, ranks.device)
-        totals = torch.zeros(4, dtype=torch.float64, device=ranks.device)  # images, squared error, SSIM, perceptual distance
+        totals = torch.zeros(4, dtype=torch.float64, device=ranks.device)  # images, PSNR, SSIM, perceptual distance
         for images, _ in self.data.val_batches(self.config.bs // ranks.world, ranks.rank, ranks.world):
             if stop is not None and stop.number:
                 break
@@ -214,16 +213,16 @@ class ImageReconstruction(Task):
             decoded = tokenizer.decode(indices)
             counts.add(indices)
             totals[0] += len(images)
-            totals[1] += (decoded - images).square().mean(dim=(1, 2, 3)).double().sum()
+            totals[1] += psnr_of_pixels(decoded, images).double().sum()
             if with_ssim:
                 totals[2] += ssim(*(plots.to_bytes((batch + 1) / 2) for batch in (decoded, images))).sum()
             totals[3] += self.distance(decoded, images) * len(images)
         if ranks.largest(stop.number if stop is not None else 0):
             return None
-        count, squared_error, similarity, distance = ranks.sum(totals).tolist()
+        count, ratio, similarity, distance = ranks.sum(totals).tolist()
         counts = counts.over(ranks.sum)
         usage = counts.of_all()
-        figures = {"val_psnr": psnr_of_error(torch.tensor(squared_error / count).clamp_min(1e-12), peak=2).item()}
+        figures = {"val_psnr": ratio / count}
         figures |= {"val_ssim": similarity / count} if with_ssim else {}
         figures |= {"val_perceptual": distance / count, "codes_used": usage.used, "perplexity": usage.perplexity}
         return figures | counts.figures("val_")
@@ -278,6 +277,15 @@ class ImageReconstruction(Task):
             self.hits.copy_(torch.tensor(numbers["hits"]))
         if self.critic is not None and "anchors" in numbers:
             self.critic.anchors.copy_(torch.tensor(numbers["anchors"]))
+
+
+def psnr_of_pixels(decoded: Tensor, images: Tensor) -> Tensor:
+    """PSNR (B,) in dB of two batches (B, 3, H, W); images in [-1, 1], and what is beyond them in decoded ones is cut off.
+
+    Its mean is over images, as in utils/metrics/reconstruction.py: that of the mean error is lower.
+    """
+    errors = (decoded.clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
+    return psnr_of_error(errors.clamp_min(1e-12), peak=2)
 
 
 # --- what a run begins with ---------------------------------------------------------------------------------------------

@@ -13,7 +13,11 @@ from safetensors.torch import load_file
 
 from models.tokenizer import TOKEN_PARTS, TOKENIZER_PRESETS, TokenizerConfig
 from utils.checkpoint import load_tokenizer
+from utils.data.images import Images, read_folders
 from utils.data.token_cache import fingerprint, is_of
+from utils.metrics.reconstruction import reconstruct
+from utils.metrics.similarity import psnr
+from utils.plots import to_uint8
 from utils.runs.checkpoints import checkpoint_path, checkpoints
 from utils.runs.log import read_metrics
 
@@ -325,6 +329,12 @@ def test_validations_score_and_show_what_is_decoded(tmp_path, command, monkeypat
     assert -1 <= last["val_ssim"] <= 1
     assert 0 < last["val_perceptual"] < 2
     assert set(last["val_codes_used"]) == {"1x1", "2x2", "4x4"}
+    # the mean over the images, as an evaluation has it, and not that of the mean error
+    dataset = Images(read_folders(images)[1], 16, resize=1.0)
+    originals = torch.stack([dataset[(i, i)][0] for i in range(len(dataset))])
+    pixels = to_uint8((originals + 1) / 2)
+    decoded, _ = reconstruct(load_tokenizer(tmp_path / "run"), pixels)
+    assert last["val_psnr"] == pytest.approx(psnr(torch.from_numpy(pixels), torch.from_numpy(decoded)).mean().item(), abs=0.02)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run"))
