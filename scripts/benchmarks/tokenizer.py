@@ -1,7 +1,9 @@
 """The `tokenizer` command of scripts/benchmark.py: training steps of both stages, with and without a discriminator."""
 
+import multiprocessing
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -15,10 +17,11 @@ from models.storage import Description
 from models.tokenizer import TOKENIZER_PRESETS, VQVAE
 from scripts.benchmarks.config import BenchmarkConfig
 from scripts.benchmarks.formats import Columns, gigabytes, milliseconds, optional
-from scripts.benchmarks.timing import free, memory, wait
+from scripts.benchmarks.timing import memory, wait
 from scripts.train_tokenizer import ImageReconstruction, run_config
 from trainer import Trainer
 from utils import cli
+from utils.allocator import keep_memory
 from utils.checkpoint import save_model
 from utils.data.batches import TrainOrder
 from utils.files import written_aside
@@ -41,8 +44,9 @@ def tokenizer(config: BenchmarkConfig) -> list[dict]:
 
     Steps of `scripts/train_tokenizer.py` by the trainer itself, on one device, with the recipe of each preset: all of the
     tokenizer, or its decoder alone, with and without the discriminator. *Step*: median of the repeats, the spread is the
-    largest less the smallest over the median. *Memory*, of a GPU: weights, gradients, optimizer, averaged weights and what a
-    step needs besides; on a CPU what one run leaves behind hides what the next one takes.
+    largest less the smallest over the median. *Memory*: weights, gradients, optimizer, averaged weights, networks of losses and
+    what a step needs besides, all that a run takes beyond Python and its libraries. Every line has a process of its own, as on
+    a CPU what one run leaves behind would hide what the next one takes.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
@@ -56,10 +60,9 @@ def tokenizer(config: BenchmarkConfig) -> list[dict]:
                     words += ["--gan_from=0", "--gan_ramp=0"] if critic else ["--gan=0"]
                     fp16 = {"float32": 0, "float16": 1, "bfloat16": 2}[config.precision_on(device)]
                     flags = cli.parse(TokenizerTraining, "", [*words, f"--fp16={fp16}"], defaults=recipe)
-                    figures = steps(flags, config.repeats, device)
+                    figures = alone(flags, config.repeats, device)
                     kept = {"model": preset, "batch": config.batch, "precision": config.precision_on(device), "stage": stage}
                     rows.append(kept | {"discriminator": "yes" if critic else "no"} | figures)
-                    free(device)
     return rows
 
 
@@ -78,6 +81,12 @@ def prepare(preset: str, folder: Path) -> tuple[Path, Path]:
     return folder / "tokenizer", folder / "images"
 
 
+def alone(flags: TokenizerTraining, repeats: int, device: torch.device) -> dict:
+    """`steps` in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=keep_memory) as process:
+        return process.submit(steps, flags, repeats, device).result()
+
+
 def steps(flags: TokenizerTraining, repeats: int, device: torch.device) -> dict:
     before = memory(device, begin=True)
     trainer = Trainer(ImageReconstruction(flags, Ranks(0, 1, device)), run_config(flags), Ranks(0, 1, device))
@@ -93,10 +102,10 @@ def steps(flags: TokenizerTraining, repeats: int, device: torch.device) -> dict:
         wait(device)
         seconds.append(time.perf_counter() - start)
     trainer.check_step()
-    peak = None if device.type == "cpu" else memory(device, begin=False) - before
+    after = memory(device, begin=False)
     return {
         "images_per_second": flags.bs / median(seconds),
         "step_seconds": median(seconds),
         "step_spread": (max(seconds) - min(seconds)) / median(seconds),
-        "peak_bytes": peak,
+        "peak_bytes": None if before is None or after is None else after - before,
     }
