@@ -20,6 +20,10 @@ def test_a_preset_brings_its_recipe_and_flags_that_are_given_count():
     assert parsed("--preset=f16-256", "--gan=0.3", "--diffaug=0").gan == 0.3
     assert large.discriminator() == DiscriminatorConfig(64, 3, True)
     assert (large.lr, small.lr) == (3e-4, 2e-3)
+    assert (large.adam_beta1, large.adam_beta2) == (small.adam_beta1, small.adam_beta2) == (0.5, 0.9)
+    alone = parsed("--preset=f8-32", "--gan=0")
+    assert (alone.adam_beta1, alone.adam_beta2) == (0.9, 0.99)
+    assert parsed("--preset=f8-32", "--gan=0", "--adam_beta1=0.8").adam_beta1 == 0.8
     assert set(RECIPES) == set(TOKENIZER_PRESETS)
 
 
@@ -66,6 +70,7 @@ def f8(preset: str) -> bool:
         ("--perceptual_logits=1", "--perceptual_logits=1.0: is of --perceptual: give that, or leave it out"),
         ("--max_bad=0.5", "--max_bad=0.5: is of --skip_bad: give that, or leave it out"),
         ("--lr=nan", "'nan' is not finite"),
+        ("--adam_beta2=1", "--adam_beta2=1.0: give a share from 0 to below 1"),
     ],
 )
 def test_flags_that_would_change_nothing_are_refused(flag, message, capsys):

@@ -26,6 +26,8 @@ SCORES = ("", "val_psnr", "val_ssim", "val_fd", "val_perceptual")
 LARGE_RECIPE = {
     "lr": 3e-4,
     "lr_end": 0.3,
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.9,
     "weight_decay": 5e-3,
     "clip": 10.0,
     "perceptual": 1.0,
@@ -44,10 +46,14 @@ RECIPES = {"f16-256": LARGE_RECIPE, "f16-512": LARGE_RECIPE} | dict.fromkeys(("f
 # Of --refine: the decoder alone, from one that has learnt (VQ-Transplant's second stage: a small constant rate).
 REFINE_RECIPE = {"lr": 1e-4, "lr_end": 1.0, "gan_from": 0.0, "gan_ramp": 0.1, "restart_every": 0}
 
+# Of --gan=0: with an adversary long averages are a harm, and without one a gain (docs/tokenizer.md).
+ALONE_RECIPE = {"adam_beta1": 0.9, "adam_beta2": 0.99}
+
 
 def recipe(given: dict) -> dict:
-    """The defaults that come with a preset, or with --refine, from the flags so far."""
-    return RECIPES.get(given["preset"], {}) | (REFINE_RECIPE if given["refine"] else {})
+    """The defaults that come with a preset, with --refine or with --gan=0, from the flags so far."""
+    alone = ALONE_RECIPE if given["gan"] == 0 else {}
+    return alone | RECIPES.get(given["preset"], {}) | (REFINE_RECIPE if given["refine"] else {})
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class TokenizerTraining:
     bs: int = flag(128, "images per step, over all ranks", "--batch_size")
     lr: float = flag(1e-3, "peak learning rate", "--learning_rate")
     lr_end: float = flag(0.01, "learning rate at the end of the run, over the peak, by a cosine", "--wpe")
+    adam_beta1: float = flag(0.5, "how much of its average of gradients AdamW keeps at a step")
+    adam_beta2: float = flag(0.9, "how much of that of squared gradients; the discriminator's are always 0.5 and 0.9")
     weight_decay: float = flag(0.0, "of all weights", "--twd")
     clip: float = flag(1.0, "largest norm of the gradient", "--tclip")
     max_steps: int = flag(100_000, "steps")
@@ -140,6 +148,9 @@ class TokenizerTraining:
         for name in ("ema", "gan_from", "gan_ramp", "lr_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}={getattr(self, name)}: give a share from 0 to 1")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)}: give a share from 0 to below 1")
         for name in ("l1", "l2", "vq", "perceptual", "perceptual_logits", "lpips", "gan", "gan_least", "lecam"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name}={getattr(self, name)}: give 0 or more")
@@ -169,7 +180,7 @@ class TokenizerTraining:
             (("max_bad",), self.skip_bad, "is of --skip_bad: give that, or leave it out"),
         ):
             if not needed:
-                check_idle(self, names, reason, recipe({"preset": self.preset, "refine": self.refine}))
+                check_idle(self, names, reason, recipe({"preset": self.preset, "refine": self.refine, "gan": self.gan}))
 
     def _check_together(self) -> None:
         """ValueError for flags that do not go together."""
