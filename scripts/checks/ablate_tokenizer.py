@@ -46,6 +46,8 @@ ROWS: dict[str, list[str]] = {
     "perceptual with logits": ["--perceptual=0.25", "--perceptual_logits=0.01"],
     "no restarts": ["--restart_every=0"],
     "cosine lookup": ["--cosine"],
+    "cosine lookup and perturbation": ["--cosine", "--perturbation=0.1"],
+    "cosine lookup and matching": ["--cosine", "--matching=0.1"],
     "scale dropout": ["--scale_dropout=0.1"],
     "matching": ["--matching=0.1"],
     "perturbation": ["--perturbation=0.1"],
