@@ -44,7 +44,7 @@ class DemoConfig:
     """Flags of scripts/demo.py."""
 
     out: str = flag("out/demo", "directory of everything made")
-    tokenizer_minutes: float = flag(3.2, "training time of the tokenizer, all of it")
+    tokenizer_minutes: float = flag(3.0, "training time of the tokenizer, all of it")
     transformer_minutes: float = flag(4.3, "training time of the transformer, and beside it of the tokenizer's decoder alone")
 
     def __post_init__(self):
