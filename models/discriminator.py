@@ -52,7 +52,12 @@ class PatchDiscriminator(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Small normal weights where group norm follows; else ones that keep the variance through the leaky ReLUs."""
+        """Small normal weights where group norm follows; else ones that keep the variance through the leaky ReLUs.
+
+        The three colours start with the same weights, so grey images are judged as by any others, and what tells colours apart
+        is learned where there are some. Else a decoder of grey images is driven to tints, another one in every run, which
+        networks that score images notice (docs/tokenizer.md).
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 if self.config.normalize:
@@ -60,6 +65,8 @@ class PatchDiscriminator(nn.Module):
                 else:
                     nn.init.kaiming_normal_(module.weight, a=SLOPE, generator=generator)
                 module.bias.zero_()
+        colours = self.layers[0][0].weight  # (width, 3, k, k)
+        colours.copy_(colours.mean(dim=1, keepdim=True).expand_as(colours))
 
     def forward(self, images: Tensor) -> Tensor:
         x = images

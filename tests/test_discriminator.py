@@ -34,6 +34,20 @@ def test_judgements_start_neither_at_nothing_nor_far_away():
     assert 0.05 < judged.std() < 3
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_colours_are_learned_where_there_are_some(normalize):
+    """Of grey images a gradient is grey, too, so a decoder is not driven to tints."""
+    model, grey = discriminator(width=8, normalize=normalize), torch.rand(2, 1, 16, 16, generator=seeded()).repeat(1, 3, 1, 1)
+    colourful = torch.rand(2, 3, 16, 16, generator=seeded())
+    for images, is_grey in ((grey, True), (colourful, False)):
+        images.requires_grad_()
+        of_images, of_weights = torch.autograd.grad(model(images).square().sum(), [images, model.layers[0][0].weight])
+        for gradient, differ in ((of_images, False), (of_weights, not is_grey)):
+            apart = (gradient - gradient.mean(1, keepdim=True)).norm() / gradient.norm()
+            assert (apart > 0.1) == differ, apart
+            assert differ or apart < 1e-6
+
+
 @pytest.mark.parametrize("config", [{"width": 0}, {"strided": 0}])
 def test_impossible_sizes(config):
     with pytest.raises(ValueError, match="give at least 1 each"):
