@@ -10,6 +10,7 @@ import torchmetrics
 import torchvision
 from scipy.ndimage import correlate1d
 
+from utils.metrics import similarity
 from utils.metrics.similarity import LPIPS, load_lpips, psnr, psnr_of_error, ssim
 
 
@@ -108,6 +109,25 @@ def test_ssim_is_of_each_image_by_itself():
     images, others = random_images(3, 12, 12), random_images(3, 12, 12, seed=1)
     apart = torch.cat([ssim(images[i : i + 1], others[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(ssim(images, others), apart)
+
+
+def test_ssim_takes_a_few_images_at_a_time(monkeypatch):
+    """torch copies every window of what it convolves: of a thousand small images at once these are 15 GB."""
+    seen, whole = [], torchmetrics.functional.image.structural_similarity_index_measure
+    images, others = random_images(7, 16, 12), random_images(7, 16, 12, seed=1)
+    expected = ssim(images, others)
+
+    def watched(one, other, **options):
+        seen.append(one.numel())
+        return whole(one, other, **options)
+
+    monkeypatch.setattr(torchmetrics.functional.image, "structural_similarity_index_measure", watched)
+    for pixels, most in ((5 * 16 * 12, 5 * 16 * 12), (1, 16 * 12)):
+        seen.clear()
+        monkeypatch.setattr(similarity, "SSIM_PIXELS", pixels)
+        torch.testing.assert_close(ssim(images, others), expected)
+        assert max(seen) == most
+        assert sum(seen) == 7 * 3 * 16 * 12
 
 
 # --- LPIPS --------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 # in pixels, no side of an image may be smaller:
 WINDOW = 11  # of SSIM
 LPIPS_SIDE = 31  # of less AlexNet leaves nothing
+SSIM_PIXELS = 2**16  # at a time, of one channel, or else one image: 0.3 GB
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
@@ -44,13 +45,17 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     _check(images, others, WINDOW, "SSIM")
-    # Every channel as an image (3N, 1, H, W), which torch convolves in half of the time, in double precision, as differences
-    # of squares lose many digits.
-    pairs = (part.permute(0, 3, 1, 2).flatten(0, 1).unsqueeze(1).double() for part in (images, others))
-    # torchmetrics would take the mean over windows that stick out of the image as well, filled by reflection
-    _, windows = structural_similarity_index_measure(*pairs, reduction="none", data_range=255.0, return_full_image=True)
-    margin = WINDOW // 2
-    return windows[..., margin:-margin, margin:-margin].mean((1, 2, 3)).view(-1, 3).mean(1)
+    # Every channel as an image (3N, 1, H, W), which torch convolves in half of the time, and a few at a time, as it copies
+    # every window of them: 121 numbers for each pixel of five maps.
+    channels = (part.permute(0, 3, 1, 2).flatten(0, 1).unsqueeze(1) for part in (images, others))
+    count = max(SSIM_PIXELS // (images.shape[1] * images.shape[2]), 1)
+    margin, means = WINDOW // 2, []
+    for pair in zip(*(part.split(count) for part in channels), strict=True):
+        pair = [part.double() for part in pair]  # differences of squares lose many digits
+        # torchmetrics would take the mean over windows that stick out of the image as well, filled by reflection
+        _, windows = structural_similarity_index_measure(*pair, reduction="none", data_range=255.0, return_full_image=True)
+        means.append(windows[..., margin:-margin, margin:-margin].mean((1, 2, 3)))
+    return torch.cat(means).view(-1, 3).mean(1)
 
 
 class LPIPS:
