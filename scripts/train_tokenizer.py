@@ -25,7 +25,7 @@ from trainer import Trainer
 from utils import cli, plots
 from utils.checkpoint import load_fitting_tokenizer
 from utils.data.sources import FolderData
-from utils.data.token_cache import fingerprint, short
+from utils.data.token_cache import check_classes, fingerprint, short
 from utils.files import check_folder
 from utils.losses.adversarial import adaptive_weight, ramp
 from utils.losses.backbones import DinoMaps, EfficientNetMaps
@@ -267,6 +267,8 @@ class ImageReconstruction(Task):
             raise ValueError(
                 f"{checkpoint}: a tokenizer of other sizes is there: resume with its --preset, or use another --out"
             )
+        theirs = read_description(checkpoint).class_names
+        check_classes(theirs, self.data.class_names, f"{checkpoint}: its data", f"--data_path={self.config.data_path}")
         check_same_start(checkpoint, self.config, self.tokenizer)
 
     def numbers(self) -> dict:

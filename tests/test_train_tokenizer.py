@@ -139,6 +139,14 @@ def test_a_tokenizer_of_another_size_is_not_overwritten(images, tmp_path, comman
     assert "a tokenizer of other sizes is there" in errors
 
 
+def test_a_run_of_other_images_is_not_gone_on_with(images, tmp_path, command):
+    others = make_images(tmp_path / "others", pixels=10, names=["car", "ship"])
+    words = [*FLAGS, *NO_GAN, "--max_steps=1", "--out", tmp_path / "run"]
+    assert command(*words, "--data_path", images)[0] == 0
+    code, _, errors = command(*words, "--data_path", others)
+    assert_refused(code, errors, f"step_1: its data has 3 classes, --data_path={others} 2; the first to differ, number 0")
+
+
 # --- two stages ---------------------------------------------------------------------------------------------------------
 
 
