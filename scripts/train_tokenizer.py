@@ -285,10 +285,10 @@ class ImageReconstruction(Task):
 def psnr_of_pixels(decoded: Tensor, images: Tensor) -> Tensor:
     """PSNR (B,) in dB of two batches (B, 3, H, W); images in [-1, 1], and what is beyond them in decoded ones is cut off.
 
-    Its mean is over images, as in utils/metrics/reconstruction.py: that of the mean error is lower.
+    Its mean is over images, as in utils/metrics/reconstruction.py: that of the mean error is lower. Equal ones count as there.
     """
     errors = (decoded.clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
-    return psnr_of_error(errors.clamp_min(1e-12), peak=2)
+    return psnr_of_error(errors.clamp_min((2 / 255) ** 2 / images[0].numel()), peak=2)
 
 
 # --- what a run begins with ---------------------------------------------------------------------------------------------

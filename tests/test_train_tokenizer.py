@@ -361,7 +361,8 @@ def test_constant_images_are_survived(tmp_path, command):
         Image.fromarray(np.zeros((10, 10, 3), np.uint8)).save(path)
     code, _, errors = command(*FLAGS, "--restart_every=3", "--data_path", images, "--out", tmp_path / "run")
     assert code == 0, errors
-    assert np.isfinite(read_metrics(tmp_path / "run")[-1]["val_psnr"])
+    equal = 10 * np.log10(255**2 * 3 * 8 * 8)  # dB, as an evaluation counts images that nothing distinguishes
+    assert 0 < read_metrics(tmp_path / "run")[-1]["val_psnr"] <= equal + 1e-3
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_reason(images, tmp_path, command, monkeypatch, capsys):

@@ -61,7 +61,7 @@ class PerceptualLoss(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) in [-1, 1] -> maps (B, C, h, w) with C = 64, 128, 256, 384, 512, after ReLU."""
         x = enlarge((images.float() + 1) * 127.5 - self.mean)
-        x = x.contiguous(memory_format=torch.channels_last)  # of a CPU, pooling and lengths take half as long so
+        x = x.contiguous(memory_format=torch.channels_last)  # on a CPU pooling and lengths take half as long so
         maps = []
         for part in self.parts:
             x = part(x)
