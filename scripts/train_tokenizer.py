@@ -71,8 +71,8 @@ class ImageReconstruction(Task):
         self.details = f"pyramid {self.tokenizer.pyramid}"
         self.spread = self.tokenizer if ranks.world == 1 else replicated(self.tokenizer)
         trained = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
-        rates = {"lr": config.lr, "betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.weight_decay}
-        optimizer = torch.optim.AdamW(trained, **rates, fused=True)
+        settings = {"lr": config.lr, "betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.weight_decay}
+        optimizer = torch.optim.AdamW(trained, **settings, fused=True)
         self.parts = {MODEL: Part(self.tokenizer, optimizer, config.clip)}
         self.perceptual = build_perceptual(config, ranks.device)
         if config.gan and not config.gan_features:

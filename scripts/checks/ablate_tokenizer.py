@@ -35,7 +35,6 @@ ROWS: dict[str, list[str]] = {
     SHIPPED: [],
     "no discriminator": ["--gan=0"],
     "no discriminator, betas 0.5 and 0.9": ["--gan=0", "--adam_beta1=0.5", "--adam_beta2=0.9"],
-    "betas 0.9 and 0.99": ["--adam_beta1=0.9", "--adam_beta2=0.99"],
     "no absolute error": ["--l1=0"],
     "no squared error": ["--l2=0", "--l1=1"],
     "adversarial weight adaptive and late": ["--gan=0.5", "--gan_adaptive", "--gan_from=0.3"],
